@@ -7,6 +7,7 @@ Exit status: 0 done, 2 an input or a setting is wrong (one line says what), 130 
 from __future__ import annotations
 
 import argparse
+import bisect
 import dataclasses
 import json
 import os
@@ -22,9 +23,12 @@ from tqdm import tqdm
 from hip import HiPConfig
 from model import METHODS, Context, Tokenizer, generate, load
 
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-OPENING = "There is a pass key hidden in this text. Find it and remember it. I will ask you about it.\n\n"
-NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
+FILLER = "The grass is green.|The sky is blue.|The sun is yellow.|Here we go.|There and back again.".split("|")
+OPENING = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n"
+)
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,17 +39,19 @@ def make_passkey(tokenizer: Tokenizer, tokens: int, depth: float = 0.5, seed: in
     depth: 0 hides them at the start, 1 at the end.  Raises ValueError when `tokens` leaves no room.
     """
     key = str(random.Random(seed).randint(10000, 99999))
-    sentences = [s + ". " for s in FILLER.split(". ") if s]
-    length = [len(tokenizer.fast.encode(s, add_special_tokens=False).ids) for s in sentences]
-    fixed = len(tokenizer.encode(OPENING + NEEDLE.format(key=key) + QUESTION)) + 2  # seams may cost a token
-    if tokens < fixed + sum(length):
-        raise ValueError(f"--make-passkey needs at least {fixed + sum(length)} tokens, not {tokens}")
-    text = []
-    while fixed + length[len(text) % len(length)] <= tokens:
-        fixed += length[len(text) % len(length)]
-        text.append(sentences[len(text) % len(length)])
-    text.insert(round(depth * len(text)), NEEDLE.format(key=key))
-    return OPENING + "".join(text).strip() + QUESTION, key
+
+    def text(sentences: int) -> str:
+        filler = [FILLER[i % len(FILLER)] for i in range(sentences)]
+        filler.insert(round(depth * sentences), NEEDLE.format(key=key))
+        return OPENING + " ".join(filler) + QUESTION
+
+    def fits(sentences: int) -> bool:
+        return len(tokenizer.encode(text(sentences))) <= tokens
+
+    if not fits(0):
+        raise ValueError(f"--make-passkey needs at least {len(tokenizer.encode(text(0)))} tokens, not {tokens}")
+    # every sentence has more tokens than one: bisect for the most that fit
+    return text(bisect.bisect(range(tokens), False, key=lambda n: not fits(n)) - 1), key
 
 
 def arguments() -> argparse.ArgumentParser:

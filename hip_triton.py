@@ -1,0 +1,456 @@
+"""HiP attention as Triton kernels: the public functions of hip.py, same names, same order, same results.
+
+Read hip.py first; it says what is computed and why.  This file says how a GPU does it:
+
+    search_kernel     one launch: a program owns one query block of one head and runs all rounds of the tree
+                      search in registers; scores never reach memory and the host never waits
+    attention_kernel  flash attention (one pass, running maximum and sum) over a query block's own tokens
+    split_kernel      the same for decoding, where there are few queries: programs share out the keys ...
+    merge_kernel      ... and this one adds up their parts
+
+Glossary.  Names as in hip.py: B, H, Hkv, Tq, Tk, D, NQ, M, N, and f, l for a node [f, l) of the search.
+    i_  index of a program or of the thing it owns       o_  offsets along a dimension       m_  mask
+    p_  pointer, after set-up to the program's own part  b_  a block of values in registers
+    s_  the four strides of a (B, H, T, D) tensor        BLOCK_D  D rounded up to a power of two
+Capitals are compile-time constants.  Tq and Tk are not, so that a longer text compiles nothing anew.
+
+Layout is (B, H, T, D) with any strides.  Products accumulate in float32, float32 inputs multiply in full
+precision (IEEE, never tf32), and offsets have 64 bits.  Runs with Triton 3.6 to 3.9 on NVIDIA and AMD, and
+without a GPU in Triton's interpreter (TRITON_INTERPRET=1 set before the import; not in bfloat16).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hip import HiPConfig, Selection, check_inputs, check_selection, domain
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as e:
+    raise ImportError("hip_triton needs Triton: `pip install triton` (Linux), or use hip.py") from e
+
+HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+LOG2_E = 1.4426950408889634  # the kernels take powers of two
+NO_BLOCK = tl.constexpr(2**31 - 1)  # sorts behind every block; leaves the kernel as -1
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # score of a real block whose products overflowed
+
+
+# --- the search --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sort_key(b_score, o_rest):
+    """One int64 that orders like (score, o_rest >= 0); -0 and 0 are equal scores."""
+    b_bits = tl.where(b_score == 0, 0.0, b_score).to(tl.int32, bitcast=True)
+    b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)  # a float's bits, below zero in reverse
+    return (b_bits.to(tl.int64) << 32) | o_rest.to(tl.int64)
+
+
+@triton.jit
+def best(b_score, o_position, KEEP: tl.constexpr):
+    """Positions of the KEEP best scores, ascending; of equals the lower position stays.  Equals hip.best."""
+    b_key = tl.sort(sort_key(b_score, o_position ^ NO_BLOCK), descending=True)
+    b_key = tl.gather(b_key, tl.arange(0, KEEP), 0)
+    return tl.sort((b_key & NO_BLOCK).to(tl.int32) ^ NO_BLOCK)
+
+
+@triton.jit
+def score_blocks(b_q, p_k, s_k, b_block, count, D: tl.constexpr, BLOCK_K: tl.constexpr,
+                 STRIDE_K: tl.constexpr, TILE: tl.constexpr):
+    """Scores of the first `count` of b_block (C,); -inf where it is -1 or further back: hip.block_scores.
+
+    TILE keys at a time, so that registers do not grow with the number of nodes.  Masks: m_s blocks to look at
+    (a domain ends before the keys do, so none can overrun), m_d the padding of D.
+    """
+    C: tl.constexpr = b_block.shape[0]
+    KEYS: tl.constexpr = BLOCK_K // STRIDE_K
+    SHARE: tl.constexpr = TILE // KEYS  # blocks of one tile
+    o_c, o_d = tl.arange(0, C), tl.arange(0, b_q.shape[1])
+    o_in = tl.arange(0, KEYS) * STRIDE_K
+    m_d = o_d < D
+    b_score = tl.full([C], float("-inf"), tl.float32)
+    for i in range(0, count, SHARE):
+        o_s = i + tl.arange(0, SHARE)
+        b_s = tl.gather(b_block, tl.minimum(o_s, C - 1), 0)
+        m_s = (o_s < count) & (b_s >= 0)
+        m_t = tl.reshape(tl.broadcast_to(m_s[:, None], SHARE, KEYS), TILE)
+        o_t = tl.reshape(b_s[:, None] * BLOCK_K + o_in[None, :], TILE)
+        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
+        b_k = tl.load(p, mask=m_t[None, :] & m_d[:, None], other=0.0)  # (D, TILE)
+        b_s = tl.max(tl.dot(b_q, b_k, input_precision="ieee"), 0)  # (TILE,) best row of each key
+        b_s = tl.max(tl.reshape(b_s, SHARE, KEYS), 1)
+        b_s = tl.where(m_s, tl.maximum(b_s, LOWEST), float("-inf"))
+        b_score = tl.where(o_c // SHARE == i // SHARE, tl.gather(b_s, o_c % SHARE, 0), b_score)
+    return b_score
+
+
+@triton.jit
+def widen(b_x, W: tl.constexpr, fill):
+    """b_x (C,) with `fill` behind it up to W."""
+    C: tl.constexpr = b_x.shape[0]
+    o_w = tl.arange(0, W)
+    return tl.where(o_w < C, tl.gather(b_x, tl.minimum(o_w, C - 1), 0), fill)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk"])
+def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.constexpr, HKV: tl.constexpr,
+                  D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE_Q: tl.constexpr,
+                  STRIDE_K: tl.constexpr, LO: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
+                  N: tl.constexpr, PREVIOUS: tl.constexpr, REPRESENTATIVE: tl.constexpr, ROWS: tl.constexpr,
+                  BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """Choose M blocks by tree search.  Equals hip.select_blocks (search_rows, search and merge).
+
+    Grid (NQ, H, B); a program owns one query block of one query head, with all of its rounds.  p_previous:
+    (B, H, NQ, PREVIOUS) blocks, PREVIOUS = 0 for none; p_blocks: (B, H, NQ, M); int32, contiguous.
+    Masks: m_r rows that exist (others stand for row 0 once more, which changes no maximum), m_d the padding
+    of D, m_p previous blocks of this domain.  Scores are float32, compared as integers (sort_key).
+    """
+    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_g = (i_b * H + i_h).to(tl.int64) * tl.num_programs(0) + i_n
+    p_q += i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
+    p_k += i_b.to(tl.int64) * s_k[0] + (i_h // (H // HKV)).to(tl.int64) * s_k[1]
+
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    o_row = i_n * BLOCK_Q + o_r * STRIDE_Q
+    m_r = (o_r < BLOCK_Q // STRIDE_Q) & (o_row < Tq)
+    o_row = tl.where(m_r, o_row, i_n * BLOCK_Q)
+    p_q += o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3]
+    b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
+
+    start = Tk - Tq + i_n * BLOCK_Q  # position of the block's first query
+    hi = tl.maximum((start - WINDOW + 1) // BLOCK_K, LO)
+    n = hi - LO
+    # ceil(log2(n / N)) rounds, one at least, for the scores
+    rounds = tl.sum(((tl.full([32], N, tl.int64) << tl.arange(0, 32).to(tl.int64)) < n).to(tl.int32))
+    rounds = tl.where(n > 0, tl.maximum(rounds, 1), 0)
+
+    o_n, o_c = tl.arange(0, N), tl.arange(0, 2 * N)
+    b_f = LO + (n * o_n.to(tl.int64) // N).to(tl.int32)  # Alg. 1, l. 1: node j is the blocks [f, l)
+    b_l = LO + (n * (o_n + 1).to(tl.int64) // N).to(tl.int32)
+    b_score = tl.full([N], float("-inf"), tl.float32)
+    for r in range(rounds):
+        # Alg. 1, l. 5-8: branch c is the left half of node c, or the right half of node c - N
+        b_cf, b_cl = tl.gather(b_f, o_c % N, 0), tl.gather(b_l, o_c % N, 0)
+        b_mid = (b_cf + b_cl) // 2
+        b_cf, b_cl = tl.where(o_c < N, b_cf, b_mid), tl.where(o_c < N, b_mid, b_cl)
+        b_block = (b_cf + b_cl) // 2 if REPRESENTATIVE == "center" else (
+            b_cf if REPRESENTATIVE == "first" else b_cl - 1)
+        b_block = tl.where(b_cf < b_cl, b_block, -1)
+        # in the last round the right half is the block that spoke for the node: its score is known
+        known = (REPRESENTATIVE == "center") & (r > 0) & (r == rounds - 1)
+        count = tl.where(known, N, 2 * N)
+        b_new = score_blocks(b_q, p_k, s_k, b_block, count, D, BLOCK_K, STRIDE_K, TILE)  # l. 9-10
+        b_old = tl.where(b_block >= 0, tl.gather(b_score, o_c % N, 0), float("-inf"))
+        b_new = tl.where(o_c < count, b_new, b_old)
+        o_keep = best(b_new, o_c % N * 2 + o_c // N, N)  # Alg. 1, l. 11
+        o_keep = o_keep % 2 * N + o_keep // 2
+        b_f, b_l = tl.gather(b_cf, o_keep, 0), tl.gather(b_cl, o_keep, 0)
+        b_score = tl.gather(b_new, o_keep, 0)
+    b_block = tl.where(b_f < b_l, b_f, NO_BLOCK)
+
+    if PREVIOUS > 0:  # put the blocks of the previous selection among the candidates, each block once
+        O: tl.constexpr = triton.next_power_of_2(PREVIOUS)
+        W: tl.constexpr = max(N, O)
+        o_p = tl.arange(0, O)
+        b_old = tl.load(p_previous + i_g * PREVIOUS + o_p, mask=o_p < PREVIOUS, other=-1)
+        m_p = (b_old >= LO) & (b_old < hi)
+        b_old = tl.where(m_p, b_old, -1)
+        b_new = score_blocks(b_q, p_k, s_k, b_old, O, D, BLOCK_K, STRIDE_K, TILE)
+        b_old = widen(tl.where(m_p, b_old, NO_BLOCK), W, NO_BLOCK)
+        b_block = tl.reshape(tl.join(widen(b_block, W, NO_BLOCK), b_old), 2 * W)
+        b_new = widen(b_new, W, float("-inf"))
+        b_score = tl.reshape(tl.join(widen(b_score, W, float("-inf")), b_new), 2 * W)
+        o_w = tl.arange(0, 2 * W)
+        b_key = tl.sort((b_block.to(tl.int64) << 32) | o_w)  # ascending blocks, copies side by side
+        b_block = (b_key >> 32).to(tl.int32)
+        m_again = (o_w > 0) & (tl.gather(b_block, tl.maximum(o_w - 1, 0), 0) == b_block)
+        b_block = tl.where(m_again, NO_BLOCK, b_block)
+        b_score = tl.where(m_again, float("-inf"), tl.gather(b_score, (b_key & NO_BLOCK).to(tl.int32), 0))
+    if b_block.shape[0] > M:
+        b_block = tl.gather(b_block, best(b_score, tl.arange(0, b_block.shape[0]), M), 0)
+    b_block = tl.sort(b_block)
+    tl.store(p_blocks + i_g * M + tl.arange(0, M), tl.where(b_block == NO_BLOCK, -1, b_block))
+
+
+def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
+                  previous: Selection | None = None) -> Selection:
+    """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`."""
+    check_inputs(q, k)
+    check_device(q, previous or (), "previous")
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    hi = domain(Tq, Tk, cfg, q.device)[1]
+    NQ = len(hi)
+    blocks = torch.empty(B, H, NQ, cfg.budget, dtype=torch.int32, device=q.device)
+    old = blocks[..., :0]
+    if previous is not None:
+        check_selection(previous, B, H, NQ, "previous")
+        old = previous.blocks.int().contiguous()
+    constants = search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3])
+    with torch.cuda.device_of(q):
+        search_kernel[(NQ, H, B)](q, k, old, blocks, q.stride(), k.stride(), Tq, Tk, **constants)
+    return Selection(blocks, hi * cfg.block_k)
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def chosen_tokens(p_blocks, o_x, Tk, BLOCK_K: tl.constexpr, M: tl.constexpr):
+    """Position of the o_x-th token of the selected blocks; whether it is one: not -1, not past the keys."""
+    b_block = tl.load(p_blocks + o_x // BLOCK_K, mask=o_x < M * BLOCK_K, other=-1)
+    o_t = b_block * BLOCK_K + o_x % BLOCK_K
+    return o_t, (b_block >= 0) & (o_t < Tk)
+
+
+@triton.jit
+def count_chosen(p_blocks, BLOCK_K: tl.constexpr, M: tl.constexpr):
+    """Tokens of the selected blocks up to the last that is not padding."""
+    o_m = tl.arange(0, triton.next_power_of_2(M))
+    b_block = tl.load(p_blocks + o_m, mask=o_m < M, other=-1)
+    return tl.max(tl.where(b_block >= 0, o_m + 1, 0)) * BLOCK_K
+
+
+@triton.jit
+def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D: tl.constexpr):
+    """Add tokens o_t (T,) to a running softmax: maximum b_m (R,), sum b_l (R,), weighted values b_acc (R, D).
+
+    Masks: m_t (T,) tokens to load, all others count as 0; m_s (R, T) pairs of query and token that exist; the
+    padding of D.  scale: the softmax's, times log2(e).
+    """
+    o_d = tl.arange(0, b_q.shape[1])
+    m_d = o_d < D
+    o_t = o_t.to(tl.int64)
+    p = p_k + o_t[None, :] * s_k[2] + o_d[:, None] * s_k[3]
+    b_k = tl.load(p, mask=m_t[None, :] & m_d[:, None], other=0.0)
+    b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale
+    b_s = tl.where(m_s, b_s, float("-inf"))
+    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_top = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row without a token yet
+    b_p = tl.exp2(b_s - b_top[:, None])
+    b_old = tl.exp2(b_m - b_top)
+    b_l = b_l * b_old + tl.sum(b_p, 1)
+    p = p_v + o_t[:, None] * s_v[2] + o_d[None, :] * s_v[3]
+    b_v = tl.load(p, mask=m_t[:, None] & m_d[None, :], other=0.0)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision="ieee")
+    return b_acc, b_new, b_l
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk"])
+def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, s_q, s_k, s_v, Tq, Tk, scale, H: tl.constexpr,
+                     HKV: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                     SINK: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+                     TILE: tl.constexpr):
+    """Attention over selected blocks, sink and window.  Equals hip.sparse_attention.
+
+    Grid (NQ * PARTS, H, B); a program owns ROWS rows of one query block of one head, 1 / PARTS of the block.
+    p_blocks: (B, H, NQ, M) int32, p_start: (NQ,) int64, p_o: (B, H, Tq, D); contiguous.
+    Masks: m_r rows of this block that exist, m_t tokens that exist and that some row of the program may see
+    (no later key or value is loaded), m_s the causal mask of sink and window.  Accumulates in float32.
+    """
+    PARTS: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+    i_n, i_h, i_b = tl.program_id(0) // PARTS, tl.program_id(1), tl.program_id(2)
+    i_g = (i_b * H + i_h).to(tl.int64)
+    p_blocks += (i_g * (tl.num_programs(0) // PARTS) + i_n) * M
+    p_q += i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
+    p_k += i_b.to(tl.int64) * s_k[0] + (i_h // (H // HKV)).to(tl.int64) * s_k[1]
+    p_v += i_b.to(tl.int64) * s_v[0] + (i_h // (H // HKV)).to(tl.int64) * s_v[1]
+
+    o_r, o_d, o_x = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
+    o_in = tl.program_id(0) % PARTS * ROWS + o_r  # row within the query block
+    o_row = i_n * BLOCK_Q + o_in
+    m_r, m_d = (o_in < BLOCK_Q) & (o_row < Tq), o_d < D
+    m_q = m_r[:, None] & m_d[None, :]
+    b_q = tl.load(p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3], mask=m_q, other=0.0)
+    b_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_m, b_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    o_own = o_row + Tk - Tq  # position of each query
+    end = tl.max(tl.where(m_r, o_own, -1)) + 1
+
+    for x in range(0, count_chosen(p_blocks, BLOCK_K, M), TILE):
+        o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
+        m_s = m_t[None, :]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+    start = tl.load(p_start + i_n).to(tl.int32)
+    for x in range(0, SINK + tl.maximum(end - start, 0), TILE):
+        o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
+        m_t, m_s = o_t < end, o_t[None, :] <= o_own[:, None]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+    p_o += (i_g * Tq + o_row[:, None]) * D + o_d[None, :]
+    tl.store(p_o, (b_acc / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_q)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk"])
+def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, s_q, s_k, s_v, Tq, Tk, scale,
+                 H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
+                 SINK: tl.constexpr, M: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """A share of hip.sparse_attention for one query block of few rows: decoding.
+
+    Grid (LOCAL + G * CHOSEN, Hkv, B), G = H / Hkv.  The first LOCAL programs of a KV head each own a share of
+    sink and window, for all its G query heads at once, which read the same keys there; then each query head
+    has CHOSEN programs for its own selected blocks.  Row r of a program is query r % Tq of head r // Tq.
+    p_part: (B, H, Tq, LOCAL + CHOSEN, D) values, p_stat: (... , 2) maximum and sum; float32.
+    Masks: m_r rows whose share this is, m_t tokens that exist and some row may see, m_s the causal mask.
+    """
+    G: tl.constexpr = H // HKV
+    i_s, i_k, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_c = tl.maximum(i_s - LOCAL, 0)  # which share of the selected blocks, heads counted through
+    o_r, o_d, o_x = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
+    i_h = i_k * G + i_c // CHOSEN
+    o_h, o_row = i_k * G + o_r // Tq, o_r % Tq
+    m_r, m_d = (o_r < Tq * G) & (o_h >= i_h) & (o_h < i_h + tl.where(i_s < LOCAL, G, 1)), o_d < D
+    m_q = m_r[:, None] & m_d[None, :]
+    p_blocks += (i_b * H + i_h).to(tl.int64) * M
+    p_q += i_b.to(tl.int64) * s_q[0] + o_h[:, None].to(tl.int64) * s_q[1]
+    p_k += i_b.to(tl.int64) * s_k[0] + i_k.to(tl.int64) * s_k[1]
+    p_v += i_b.to(tl.int64) * s_v[0] + i_k.to(tl.int64) * s_v[1]
+
+    b_q = tl.load(p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3], mask=m_q, other=0.0)
+    b_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_m, b_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+
+    share = tl.cdiv(tl.cdiv(count_chosen(p_blocks, BLOCK_K, M), CHOSEN), TILE) * TILE
+    first = i_c % CHOSEN * share
+    last = tl.where(i_s < LOCAL, first, tl.minimum(first + share, M * BLOCK_K))
+    for x in range(first, last, TILE):
+        o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
+        m_s = m_t[None, :]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+    start = tl.load(p_start).to(tl.int32)
+    length = SINK + tl.maximum(Tk - start, 0)
+    share = tl.cdiv(tl.cdiv(length, LOCAL), TILE) * TILE
+    last = tl.where(i_s < LOCAL, tl.minimum((i_s + 1) * share, length), 0)
+    for x in range(i_s * share, last, TILE):
+        o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
+        m_t, m_s = o_t < Tk, o_t[None, :] <= (o_row + Tk - Tq)[:, None]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+    i_part = tl.where(i_s < LOCAL, i_s, LOCAL + i_c % CHOSEN)
+    o_part = ((i_b * H + o_h).to(tl.int64) * Tq + o_row) * (LOCAL + CHOSEN) + i_part
+    tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
+    tl.store(p_stat + o_part * 2, b_m, mask=m_r)
+    tl.store(p_stat + o_part * 2 + 1, b_l, mask=m_r)
+
+
+@triton.jit
+def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_S: tl.constexpr,
+                 BLOCK_D: tl.constexpr):
+    """Softmax over all from the softmax of the parts: the other half of hip.sparse_attention for decoding.
+
+    Grid (B * H * Tq,); a program owns one query of one head.  Masks: m_s parts that exist, m_d the padding
+    of D.  Accumulates in float32.
+    """
+    i_q = tl.program_id(0).to(tl.int64)
+    o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    m_s, m_d = o_s < PARTS, o_d < D
+    o_part = i_q * PARTS + o_s
+    b_m = tl.load(p_stat + o_part * 2, mask=m_s, other=float("-inf"))
+    b_l = tl.load(p_stat + o_part * 2 + 1, mask=m_s, other=0.0)
+    p_part += o_part[:, None] * D + o_d[None, :]
+    b_part = tl.load(p_part, mask=m_s[:, None] & m_d[None, :], other=0.0)
+    b_w = tl.exp2(b_m - tl.max(b_m, 0))
+    b_o = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_l * b_w, 0)
+    tl.store(p_o + i_q * D + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
+
+
+def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection,
+                     cfg: HiPConfig, *, scale: float | None = None) -> torch.Tensor:
+    """hip.sparse_attention, decoding in two launches: its arguments, result and errors, and `check_device`'s."""
+    check_inputs(q, k, v)
+    check_device(q, selection, "selection")
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    NQ = -(-Tq // cfg.block_q)
+    check_selection(selection, B, H, NQ, "selection")
+    blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
+    M, scale = blocks.shape[3], (D**-0.5 if scale is None else scale) * LOG2_E
+    o = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device)
+    strides = q.stride(), k.stride(), v.stride()
+    with torch.cuda.device_of(q):
+        if NQ > 1 or H // Hkv * Tq > SPLIT_ROWS:
+            constants = attention_constants(cfg, H, Hkv, D, q.dtype, M)
+            grid = (NQ * -(-cfg.block_q // constants["ROWS"]), H, B)
+            attention_kernel[grid](q, k, v, blocks, start, o, *strides, Tq, Tk, scale, **constants)
+            return o
+        constants = split_constants(cfg, H, Hkv, D, q.dtype, M, Tq)
+        LOCAL, CHOSEN = constants["LOCAL"], constants["CHOSEN"]
+        shape = (B, H, Tq, LOCAL + CHOSEN)
+        part, stat = (torch.empty(*shape, n, dtype=torch.float32, device=q.device) for n in (D, 2))
+        grid = (LOCAL + H // Hkv * CHOSEN, Hkv, B)
+        split_kernel[grid](q, k, v, blocks, start, part, stat, *strides, Tq, Tk, scale, **constants)
+        merge_kernel[(B * H * Tq,)](part, stat, o, **merge_constants(D, LOCAL + CHOSEN))
+    return o
+
+
+def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
+                  selection: Selection | None = None, *, scale: float | None = None,
+                  ) -> tuple[torch.Tensor, Selection]:
+    """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
+    selection = select_blocks(q, k, cfg) if selection is None else selection
+    return sparse_attention(q, k, v, selection, cfg, scale=scale), selection
+
+
+# --- launch configurations ---------------------------------------------------------------------------------
+
+SPLIT_ROWS = 64  # query rows of a KV head up to which keys are split; more are work enough as they are
+SPLIT_TOKENS = 128  # keys of one program of split_kernel
+
+
+def tiles(D: int, dtype: torch.dtype) -> dict:
+    """Keys of a tile and warps of a program, by head size and dtype: small enough that no register spills."""
+    BLOCK_D = triton.next_power_of_2(D)
+    warps = 4 if BLOCK_D < 128 else 8
+    if dtype == torch.float32:  # no matrix units: products keep their operands in registers
+        return dict(BLOCK_D=BLOCK_D, TILE=16, num_warps=warps, num_stages=1)
+    return dict(BLOCK_D=BLOCK_D, TILE=64 if BLOCK_D < 256 else 32, num_warps=warps, num_stages=2)
+
+
+def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int) -> dict:
+    """Constants and options of search_kernel; previous: blocks of a previous selection, 0 for none."""
+    sizes = tiles(D, dtype)
+    sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
+    rows = max(16, triton.next_power_of_2(cfg.block_q // cfg.stride_q))
+    return dict(H=H, HKV=Hkv, D=D, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k, STRIDE_Q=cfg.stride_q,
+                STRIDE_K=cfg.stride_k, LO=-(-cfg.sink // cfg.block_k), WINDOW=cfg.window, M=cfg.budget,
+                N=cfg.beam * cfg.budget, PREVIOUS=previous, REPRESENTATIVE=cfg.representative, ROWS=rows,
+                **sizes)
+
+
+def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int) -> dict:
+    """Constants and options of attention_kernel; M: blocks of the selection."""
+    sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
+    rows = min(32 if dtype == torch.float32 else 64, max(16, cfg.block_q))
+    return dict(H=H, HKV=Hkv, D=D, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k, SINK=sink, M=M, ROWS=rows,
+                **tiles(D, dtype))
+
+
+def split_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int, Tq: int) -> dict:
+    """Constants and options of split_kernel; M: blocks of the selection."""
+    sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
+    return dict(H=H, HKV=Hkv, D=D, BLOCK_K=cfg.block_k, SINK=sink, M=M,
+                LOCAL=triton.cdiv(sink + cfg.window + cfg.block_k, SPLIT_TOKENS),
+                CHOSEN=triton.cdiv(M * cfg.block_k, SPLIT_TOKENS),
+                ROWS=max(16, triton.next_power_of_2(H // Hkv * Tq)), **tiles(D, dtype))
+
+
+def merge_constants(D: int, parts: int) -> dict:
+    """Constants and options of merge_kernel."""
+    return dict(D=D, PARTS=parts, BLOCK_S=triton.next_power_of_2(parts), BLOCK_D=triton.next_power_of_2(D))
+
+
+# --- checks at the door ------------------------------------------------------------------------------------
+
+
+def check_device(q: torch.Tensor, selection: Selection | tuple = (), name: str = "") -> None:
+    """ValueError, with what to do, where the kernels cannot run: head size, device, dtype."""
+    if q.shape[3] not in HEAD_SIZES:
+        raise ValueError(f"q must have a head size D of {HEAD_SIZES}, not {q.shape[3]}; hip.py takes any")
+    if triton.knobs.runtime.interpret:
+        if q.dtype == torch.bfloat16:
+            raise ValueError("q must be float32 or float16: Triton's interpreter is wrong in bfloat16")
+    elif not q.is_cuda:
+        raise ValueError(f"q must be on a GPU, not {q.device}; use hip.py, or set TRITON_INTERPRET=1 first")
+    for part in selection:
+        if part.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, not on {part.device}")
