@@ -348,9 +348,11 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         rows = first[i, None] + in_rows  # (G, R)
         b_q, b_k = queries.take(head, rows).float() * scale, keys.take(head, tokens).float()
         s = b_q @ b_k.transpose(1, 2)  # (G, R, L)
-        # the search looked into the past alone, so only sink and window need the causal mask
-        later = tokens[:, None, chosen:] > (rows + Tk - Tq)[:, :, None]
-        s[:, :, chosen:].masked_fill_(later, -math.inf)
+        # causal mask: not for the search's blocks, which lie in the past, nor for what all queries are past
+        past = int((rows[:, 0] + Tk - Tq - selection.window_start[i]).min())
+        past = chosen + (len(sink) + past if past > 0 else 0)
+        later = tokens[:, None, past:] > (rows + Tk - Tq)[:, :, None]
+        s[:, :, past:].masked_fill_(later, -math.inf)
         if (blocks < 0).any():
             padding = (blocks < 0).repeat_interleave(cfg.block_k, 1)
             s[:, :, :chosen].masked_fill_(padding[:, None], -math.inf)

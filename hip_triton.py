@@ -21,6 +21,8 @@ without a GPU in Triton's interpreter (TRITON_INTERPRET=1 set before the import;
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hip import HiPConfig, Selection, check_inputs, check_selection, domain
@@ -32,7 +34,6 @@ except ImportError as e:
     raise ImportError("hip_triton needs Triton: `pip install triton` (Linux), or use hip.py") from e
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
-LOG2_E = 1.4426950408889634  # the kernels take powers of two
 NO_BLOCK = tl.constexpr(2**31 - 1)  # sorts behind every block; leaves the kernel as -1
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # score of a real block whose products overflowed
 
@@ -67,8 +68,7 @@ def score_blocks(b_q, p_k, s_k, b_block, count, D: tl.constexpr, BLOCK_K: tl.con
     C: tl.constexpr = b_block.shape[0]
     KEYS: tl.constexpr = BLOCK_K // STRIDE_K
     SHARE: tl.constexpr = TILE // KEYS  # blocks of one tile
-    o_c, o_d = tl.arange(0, C), tl.arange(0, b_q.shape[1])
-    o_in = tl.arange(0, KEYS) * STRIDE_K
+    o_c, o_d, o_in = tl.arange(0, C), tl.arange(0, b_q.shape[1]), tl.arange(0, KEYS) * STRIDE_K
     m_d = o_d < D
     b_score = tl.full([C], float("-inf"), tl.float32)
     for i in range(0, count, SHARE):
@@ -77,7 +77,7 @@ def score_blocks(b_q, p_k, s_k, b_block, count, D: tl.constexpr, BLOCK_K: tl.con
         m_s = (o_s < count) & (b_s >= 0)
         m_t = tl.reshape(tl.broadcast_to(m_s[:, None], SHARE, KEYS), TILE)
         o_t = tl.reshape(b_s[:, None] * BLOCK_K + o_in[None, :], TILE)
-        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
+        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None].to(tl.int64) * s_k[3]
         b_k = tl.load(p, mask=m_t[None, :] & m_d[:, None], other=0.0)  # (D, TILE)
         b_s = tl.max(tl.dot(b_q, b_k, input_precision="ieee"), 0)  # (TILE,) best row of each key
         b_s = tl.max(tl.reshape(b_s, SHARE, KEYS), 1)
@@ -89,8 +89,7 @@ def score_blocks(b_q, p_k, s_k, b_block, count, D: tl.constexpr, BLOCK_K: tl.con
 @triton.jit
 def widen(b_x, W: tl.constexpr, fill):
     """b_x (C,) with `fill` behind it up to W."""
-    C: tl.constexpr = b_x.shape[0]
-    o_w = tl.arange(0, W)
+    o_w, C = tl.arange(0, W), b_x.shape[0]
     return tl.where(o_w < C, tl.gather(b_x, tl.minimum(o_w, C - 1), 0), fill)
 
 
@@ -138,7 +137,7 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.conste
         b_cf, b_cl = tl.where(o_c < N, b_cf, b_mid), tl.where(o_c < N, b_mid, b_cl)
         b_block = (b_cf + b_cl) // 2 if REPRESENTATIVE == "center" else (
             b_cf if REPRESENTATIVE == "first" else b_cl - 1)
-        b_block = tl.where(b_cf < b_cl, b_block, -1)
+        b_block = tl.where(b_cf < b_cl, b_block, -1)  # an empty branch has none
         # in the last round the right half is the block that spoke for the node: its score is known
         known = (REPRESENTATIVE == "center") & (r > 0) & (r == rounds - 1)
         count = tl.where(known, N, 2 * N)
@@ -154,7 +153,7 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.conste
     if PREVIOUS > 0:  # put the blocks of the previous selection among the candidates, each block once
         O: tl.constexpr = triton.next_power_of_2(PREVIOUS)
         W: tl.constexpr = max(N, O)
-        o_p = tl.arange(0, O)
+        o_p, o_w = tl.arange(0, O), tl.arange(0, 2 * W)
         b_old = tl.load(p_previous + i_g * PREVIOUS + o_p, mask=o_p < PREVIOUS, other=-1)
         m_p = (b_old >= LO) & (b_old < hi)
         b_old = tl.where(m_p, b_old, -1)
@@ -163,7 +162,6 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.conste
         b_block = tl.reshape(tl.join(widen(b_block, W, NO_BLOCK), b_old), 2 * W)
         b_new = widen(b_new, W, float("-inf"))
         b_score = tl.reshape(tl.join(widen(b_score, W, float("-inf")), b_new), 2 * W)
-        o_w = tl.arange(0, 2 * W)
         b_key = tl.sort((b_block.to(tl.int64) << 32) | o_w)  # ascending blocks, copies side by side
         b_block = (b_key >> 32).to(tl.int32)
         m_again = (o_w > 0) & (tl.gather(b_block, tl.maximum(o_w - 1, 0), 0) == b_block)
@@ -182,15 +180,14 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
     check_device(q, previous or (), "previous")
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
     hi = domain(Tq, Tk, cfg, q.device)[1]
-    NQ = len(hi)
-    blocks = torch.empty(B, H, NQ, cfg.budget, dtype=torch.int32, device=q.device)
+    blocks = torch.empty(B, H, len(hi), cfg.budget, dtype=torch.int32, device=q.device)
     old = blocks[..., :0]
     if previous is not None:
-        check_selection(previous, B, H, NQ, "previous")
+        check_selection(previous, B, H, len(hi), "previous")
         old = previous.blocks.int().contiguous()
-    constants = search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3])
     with torch.cuda.device_of(q):
-        search_kernel[(NQ, H, B)](q, k, old, blocks, q.stride(), k.stride(), Tq, Tk, **constants)
+        search_kernel[(len(hi), H, B)](q, k, old, blocks, q.stride(), k.stride(), Tq, Tk,
+                                  **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3]))
     return Selection(blocks, hi * cfg.block_k)
 
 
@@ -220,9 +217,8 @@ def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D: tl
     Masks: m_t (T,) tokens to load, all others count as 0; m_s (R, T) pairs of query and token that exist; the
     padding of D.  scale: the softmax's, times log2(e).
     """
-    o_d = tl.arange(0, b_q.shape[1])
+    o_d, o_t = tl.arange(0, b_q.shape[1]).to(tl.int64), o_t.to(tl.int64)
     m_d = o_d < D
-    o_t = o_t.to(tl.int64)
     p = p_k + o_t[None, :] * s_k[2] + o_d[:, None] * s_k[3]
     b_k = tl.load(p, mask=m_t[None, :] & m_d[:, None], other=0.0)
     b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale
@@ -271,8 +267,7 @@ def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, s_q, s_k, s_v, Tq, T
 
     for x in range(0, count_chosen(p_blocks, BLOCK_K, M), TILE):
         o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
-        m_s = m_t[None, :]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_t[None, :], scale, D)
     start = tl.load(p_start + i_n).to(tl.int32)
     for x in range(0, SINK + tl.maximum(end - start, 0), TILE):
         o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
@@ -317,8 +312,7 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, s_q, s_k, s_v
     last = tl.where(i_s < LOCAL, first, tl.minimum(first + share, M * BLOCK_K))
     for x in range(first, last, TILE):
         o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
-        m_s = m_t[None, :]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_t[None, :], scale, D)
     start = tl.load(p_start).to(tl.int32)
     length = SINK + tl.maximum(Tk - start, 0)
     share = tl.cdiv(tl.cdiv(length, LOCAL), TILE) * TILE
@@ -327,8 +321,8 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, s_q, s_k, s_v
         o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
         m_t, m_s = o_t < Tk, o_t[None, :] <= (o_row + Tk - Tq)[:, None]
         b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
-    i_part = tl.where(i_s < LOCAL, i_s, LOCAL + i_c % CHOSEN)
-    o_part = ((i_b * H + o_h).to(tl.int64) * Tq + o_row) * (LOCAL + CHOSEN) + i_part
+    o_part = ((i_b * H + o_h).to(tl.int64) * Tq + o_row) * (LOCAL + CHOSEN)
+    o_part += tl.where(i_s < LOCAL, i_s, LOCAL + i_c % CHOSEN)
     tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
     tl.store(p_stat + o_part * 2, b_m, mask=m_r)
     tl.store(p_stat + o_part * 2 + 1, b_l, mask=m_r)
@@ -345,11 +339,10 @@ def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr, BLOC
     i_q = tl.program_id(0).to(tl.int64)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     m_s, m_d = o_s < PARTS, o_d < D
-    o_part = i_q * PARTS + o_s
-    b_m = tl.load(p_stat + o_part * 2, mask=m_s, other=float("-inf"))
-    b_l = tl.load(p_stat + o_part * 2 + 1, mask=m_s, other=0.0)
-    p_part += o_part[:, None] * D + o_d[None, :]
-    b_part = tl.load(p_part, mask=m_s[:, None] & m_d[None, :], other=0.0)
+    o_s += i_q * PARTS
+    b_m = tl.load(p_stat + o_s * 2, mask=m_s, other=float("-inf"))
+    b_l = tl.load(p_stat + o_s * 2 + 1, mask=m_s, other=0.0)
+    b_part = tl.load(p_part + o_s[:, None] * D + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
     b_w = tl.exp2(b_m - tl.max(b_m, 0))
     b_o = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_l * b_w, 0)
     tl.store(p_o + i_q * D + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
@@ -357,14 +350,14 @@ def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr, BLOC
 
 def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection,
                      cfg: HiPConfig, *, scale: float | None = None) -> torch.Tensor:
-    """hip.sparse_attention, decoding in two launches: its arguments, result and errors, and `check_device`'s."""
+    """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`."""
     check_inputs(q, k, v)
     check_device(q, selection, "selection")
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
     NQ = -(-Tq // cfg.block_q)
     check_selection(selection, B, H, NQ, "selection")
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
-    M, scale = blocks.shape[3], (D**-0.5 if scale is None else scale) * LOG2_E
+    M, scale = blocks.shape[3], (D**-0.5 if scale is None else scale) / math.log(2)  # for powers of two
     o = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device)
     strides = q.stride(), k.stride(), v.stride()
     with torch.cuda.device_of(q):
@@ -377,8 +370,8 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         LOCAL, CHOSEN = constants["LOCAL"], constants["CHOSEN"]
         shape = (B, H, Tq, LOCAL + CHOSEN)
         part, stat = (torch.empty(*shape, n, dtype=torch.float32, device=q.device) for n in (D, 2))
-        grid = (LOCAL + H // Hkv * CHOSEN, Hkv, B)
-        split_kernel[grid](q, k, v, blocks, start, part, stat, *strides, Tq, Tk, scale, **constants)
+        split_kernel[(LOCAL + H // Hkv * CHOSEN, Hkv, B)](
+            q, k, v, blocks, start, part, stat, *strides, Tq, Tk, scale, **constants)
         merge_kernel[(B * H * Tq,)](part, stat, o, **merge_constants(D, LOCAL + CHOSEN))
     return o
 
@@ -400,10 +393,10 @@ SPLIT_TOKENS = 128  # keys of one program of split_kernel
 def tiles(D: int, dtype: torch.dtype) -> dict:
     """Keys of a tile and warps of a program, by head size and dtype: small enough that no register spills."""
     BLOCK_D = triton.next_power_of_2(D)
-    warps = 4 if BLOCK_D < 128 else 8
     if dtype == torch.float32:  # no matrix units: products keep their operands in registers
-        return dict(BLOCK_D=BLOCK_D, TILE=16, num_warps=warps, num_stages=1)
-    return dict(BLOCK_D=BLOCK_D, TILE=64 if BLOCK_D < 256 else 32, num_warps=warps, num_stages=2)
+        return dict(BLOCK_D=BLOCK_D, TILE=16, num_warps=4 if BLOCK_D < 128 else 8, num_stages=1)
+    tile, warps = (64, 4) if BLOCK_D < 128 else (32, 4) if BLOCK_D < 256 else (32, 8)
+    return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=2)
 
 
 def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int) -> dict:
@@ -420,7 +413,8 @@ def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtyp
 def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int) -> dict:
     """Constants and options of attention_kernel; M: blocks of the selection."""
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
-    rows = min(32 if dtype == torch.float32 else 64, max(16, cfg.block_q))
+    most = 64 if dtype != torch.float32 else 32 if D <= 64 else 16
+    rows = min(most, max(16, cfg.block_q))
     return dict(H=H, HKV=Hkv, D=D, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k, SINK=sink, M=M, ROWS=rows,
                 **tiles(D, dtype))
 

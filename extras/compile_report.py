@@ -4,8 +4,8 @@
     python extras/compile_report.py --target sm_90 --dim 64 128 --dtype float16
 
 Exit status 1 if a kernel with D <= 128 spills registers, or one needs more shared memory than its chip has.
-Registers and spills are read from the machine code by the cuobjdump inside Triton's wheel, for gfx942 from its
-assembly.
+Registers and spills are read from the machine code by the cuobjdump inside Triton's wheel, for gfx942 from
+its assembly.
 Not with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
 """
 

