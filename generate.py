@@ -66,16 +66,14 @@ def arguments() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
     prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--make-passkey", metavar="N", type=int,
-                        help="print a passkey prompt of N tokens and stop")
+    prompt.add_argument("--make-passkey", metavar="N", type=int, help="print a passkey prompt of N tokens")
     add("--passkey-depth", metavar="X", type=float, default=0.5,
         help="where --make-passkey hides it, 0 to 1 (%(default)s)")
     add("--model", metavar="M",
         help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct, as installed)")
     add("--dtype", choices=DTYPES, help="of the weights (bfloat16 where that is fast, else float32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--attention", choices=METHODS, default="hip",
-        help="streaming: sink and window only, a baseline (%(default)s)")
+    add("--attention", choices=METHODS, default="hip", help="streaming: sink and window only (%(default)s)")
     add("--max-new-tokens", metavar="N", type=int, default=128, help="(%(default)s)")
     add("--temperature", metavar="X", type=float, default=0.0, help="0 is greedy (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of sampling and of --make-passkey (%(default)s)")
@@ -99,8 +97,7 @@ def arguments() -> argparse.ArgumentParser:
     }.items():
         add("--" + name.replace("_", "-"), metavar="N", type=int, default=getattr(HiPConfig, name),
             help=text + " (%(default)s)")
-    add("--no-memory", action="store_false", dest="memory",
-        help="decoding starts without the prompt tail's selection")
+    add("--no-memory", action="store_false", dest="memory", help="forget what the end of the prompt chose")
     return parser
 
 

@@ -82,7 +82,7 @@ MUTANTS = [  # name, text that stands once in hip_triton.py, text in its place
     ("parts are added up without rescaling",
      "b_w = tl.exp2(b_m - tl.max(b_m, 0))", "b_w = tl.where(m_s, 1.0, 0.0)"),
     ("a share of the window is left out",
-     "tl.minimum((i_s + 1) * share, length)", "tl.minimum((i_s + 1) * share, length - 1)"),
+     "tl.minimum((i_s + 1) * share, length)", "tl.minimum((i_s + 1) * share, length - TILE)"),
     ("decoding: every head reads the first head's blocks",
      "p_blocks += (i_b * H + i_h).to(tl.int64) * M", "p_blocks += (i_b * H + i_k * G).to(tl.int64) * M"),
     ("decoding: a share of the blocks goes to all heads of the group",
