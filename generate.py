@@ -16,6 +16,7 @@ if __name__ == "__main__":  # torch takes seconds to import; until main() can sa
 import argparse
 import bisect
 import dataclasses
+import importlib
 import json
 import random
 import resource
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+import hip
 from hip import HiPConfig
 from model import METHODS, Context, Tokenizer, generate, load
 from tqdm import tqdm
@@ -73,7 +75,8 @@ def arguments() -> argparse.ArgumentParser:
         help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct, as installed)")
     add("--dtype", choices=DTYPES, help="of the weights (bfloat16 where that is fast, else float32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--attention", choices=METHODS, default="hip", help="streaming: sink and window only (%(default)s)")
+    add("--attention", choices=(*METHODS, "hip-triton"), default="hip",
+        help="streaming: sink and window only; hip-triton: hip by the Triton kernels (%(default)s)")
     add("--max-new-tokens", metavar="N", type=int, default=128, help="(%(default)s)")
     add("--temperature", metavar="X", type=float, default=0.0, help="0 is greedy (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of sampling and of --make-passkey (%(default)s)")
@@ -133,10 +136,16 @@ def run(options: argparse.Namespace) -> None:
     if options.prefill_chunk < 1 or options.prefill_chunk % cfg.block_q:
         raise ValueError(f"--prefill-chunk must be a multiple of {cfg.block_q}, not {options.prefill_chunk}")
     text = None if options.make_passkey is not None else read_prompt(options)
+    method, kernels = options.attention, hip
+    if method == "hip-triton":
+        try:
+            method, kernels = "hip", importlib.import_module("hip_triton")
+        except ImportError as error:
+            raise ValueError(f"--attention hip-triton: {error}") from error
     model, tokenizer = load(options.model, DTYPES.get(options.dtype), options.device)
     if text is None:
         text, key = make_passkey(tokenizer, options.make_passkey, options.passkey_depth, options.seed)
-        print(text, flush=True)
+        print(text, end="", flush=True)  # a last newline would be a token more
         print(f"the pass key is {key}", file=sys.stderr)
         return
     if options.chat and not tokenizer.template:
@@ -149,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
               f"{model.config.context} that the model was trained to read", file=sys.stderr)
 
     started = time.perf_counter()
-    context = Context(model, len(tokens) + options.max_new_tokens, cfg, options.attention)
+    context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels)
     with tqdm(total=len(tokens), unit="token", desc="prompt", leave=False) as bar:
         for hidden in context.prefill(torch.tensor([tokens], device=model.device), options.prefill_chunk):
             bar.update(hidden.shape[1])

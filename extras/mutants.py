@@ -86,9 +86,9 @@ MUTANTS = [  # name, text that stands once in hip_triton.py, text in its place
     ("decoding: every head reads the first head's blocks",
      "p_blocks += (i_b * H + i_h).to(tl.int64) * M", "p_blocks += (i_b * H + i_k * G).to(tl.int64) * M"),
     ("decoding: a share of the blocks goes to all heads of the group",
-     "tl.where(i_s < LOCAL, G, 1)), o_d < D", "G), o_d < D"),
-    ("rows past the query block are stored",
-     "m_r, m_d = (o_in < BLOCK_Q) & (o_row < Tq), o_d < D", "m_r, m_d = o_row < Tq, o_d < D"),
+     "(o_h >= i_h) & (o_h", "(o_h >= 0) & (o_h"),
+    ("rows past Tq are attended for and stored",
+     "m_r, m_d = (o_in < BLOCK_Q) & (o_row < Tq), o_d < D", "m_r, m_d = o_in < BLOCK_Q, o_d < D"),
 ]  # fmt: skip
 
 
