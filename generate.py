@@ -24,10 +24,11 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
 import hip
 from hip import HiPConfig
 from model import METHODS, Context, Tokenizer, generate, load
-from tqdm import tqdm
 
 FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.",
           "There and back again.")
