@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-import hip
 import torch
 import torch.nn.functional as F
+
+import hip
 from hip import HiPConfig, Selection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama

@@ -1,7 +1,7 @@
 """The specification as tests.
 
-First HiP itself (hip.py, and hip_triton.py where it can run), then the model and the command line.  Small
-whole numbers as inputs make every score exact, with many ties, so that selections must be equal to the last block.
+First HiP itself, then the kernels, then the model and the command line.  Small whole numbers as inputs make
+every score exact, with many ties, so that selections must be equal to the last block.
 """
 
 import importlib.util
@@ -99,7 +99,7 @@ def whole(**fixed):
 
 
 def select_naively(q, k, cfg, previous=None):
-    """The search in plain loops, from DESIGN section 3 alone: a list of block numbers per (b, h, query block)."""
+    """The search in plain loops, from DESIGN section 3 alone: block numbers by (b, h, query block)."""
     (B, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
     M, lo, result = cfg.top_k // cfg.block_k, math.ceil(cfg.sink / cfg.block_k), {}
     for b, h, i in (
@@ -636,7 +636,8 @@ def test_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
     y = torch.zeros(1, 1, 4, 64, device=DEVICE)
     with pytest.raises(ValueError, match="k must"):
         kernels.select_blocks(y, y.half(), cfg)
-    code = "import torch, hip, hip_triton as h; x = torch.zeros(1, 1, 4, 64); h.select_blocks(x, x, hip.HiPConfig())"
+    code = "import torch, hip, hip_triton; x = torch.zeros(1, 1, 4, 64); "
+    code += "hip_triton.select_blocks(x, x, hip.HiPConfig())"
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain, cwd=HERE)
     assert "ValueError: q must be on a GPU" in done.stderr

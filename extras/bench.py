@@ -2,8 +2,8 @@
 
     python extras/bench.py --tokens 8192 32768
 
-Prints a Markdown table: seconds (median, and the spread from least to most) and the ratio of medians.  Inputs are
-random normal, for which gathers are the least regular.  `--set stride_k=1` changes fields of HiPConfig.
+Prints a Markdown table: seconds (median, and the spread from least to most) and the ratio of medians.
+Inputs are random normal, where gathers are least regular.  `--set stride_q=2` changes fields of HiPConfig.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hip import HiPConfig, dense_attention, select_blocks, sparse_attention  # n
 
 
 def timed(runs: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times in turn, so that a slow moment of the machine hits all alike."""
+    """Seconds of each function, `repeats` times in turn: a slow moment of the machine hits all alike."""
     seconds = {name: [] for name in runs}
     for repeat in range(repeats + 1):  # the first round warms up
         for name, run in runs.items():
@@ -51,37 +51,31 @@ def main() -> None:
     options = parser.parse_args()
     cfg = HiPConfig(**{name: int(value) for name, value in (item.split("=") for item in options.set)})
     torch.manual_seed(0)
-    print(
-        f"{cfg}\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype} on {options.device}"
-    )
-    print(
-        "| tokens | phase | dense s | search s | sparse s | dense / HiP |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print(cfg, f"torch {torch.__version__}, {options.dtype} on {options.device}", sep="\n")
+    print("| tokens | phase | dense s | search s | sparse s | dense / HiP |\n|" + " --- |" * 6)
     for T in tqdm(options.tokens, leave=False):
         H, Hkv = options.heads
-        q, k, v = (
-            torch.randn(1, h, T, options.head_size).to(options.device, getattr(torch, options.dtype))
-            for h in (H, Hkv, Hkv)
-        )
-        for phase, q, repeats in (
-            ("prefill", q, options.repeats),
-            ("decoding", q[:, :, -1:], 10 * options.repeats),
-        ):
-            selection = select_blocks(q, k, cfg)
-            seconds = timed(
-                {
-                    "dense": lambda q=q: dense_attention(q, k, v),
-                    "search": lambda q=q: select_blocks(q, k, cfg),
-                    "sparse": lambda q=q, s=selection: sparse_attention(q, k, v, s, cfg),
-                },
-                repeats,
-            )
-            middle = {name: statistics.median(x) for name, x in seconds.items()}
-            shown = " | ".join(f"{middle[n]:.4f} ({min(x):.4f}-{max(x):.4f})" for n, x in seconds.items())
-            # a decoding step searches once in refresh_interval steps
-            share = 1 if phase == "prefill" else cfg.refresh_interval
-            ratio = middle["dense"] / (middle["search"] / share + middle["sparse"])
-            tqdm.write(f"| {T} | {phase} | {shown} | {ratio:.1f} |")
+        dtype = getattr(torch, options.dtype)
+        q, k, v = (torch.randn(1, h, T, options.head_size).to(options.device, dtype) for h in (H, Hkv, Hkv))
+        tqdm.write(row(T, "prefill", q, k, v, cfg, options.repeats))
+        tqdm.write(row(T, "decoding", q[:, :, -1:], k, v, cfg, 10 * options.repeats))
+
+
+def row(
+    T: int, phase: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig, repeats: int
+) -> str:
+    selection = select_blocks(q, k, cfg)
+    runs = {
+        "dense": lambda: dense_attention(q, k, v),
+        "search": lambda: select_blocks(q, k, cfg),
+        "sparse": lambda: sparse_attention(q, k, v, selection, cfg),
+    }
+    seconds = timed(runs, repeats)
+    middle = {name: statistics.median(x) for name, x in seconds.items()}
+    shown = " | ".join(f"{middle[n]:.4f} ({min(x):.4f}-{max(x):.4f})" for n, x in seconds.items())
+    share = 1 if phase == "prefill" else cfg.refresh_interval  # decoding searches once in so many steps
+    ratio = middle["dense"] / (middle["search"] / share + middle["sparse"])
+    return f"| {T} | {phase} | {shown} | {ratio:.1f} |"
 
 
 if __name__ == "__main__":

@@ -40,17 +40,16 @@ def main() -> None:
         tree.scatter(speakers, [-r] * len(speakers), s=26, c="white", edgecolors="black", zorder=2)
         if r:  # a branch's representative hangs below the nearest one of the round before
             for x in speakers:
-                above = min(rounds[r - 1], key=lambda y: abs(x - y))
+                above = min((abs(x - y), y) for y in rounds[r - 1])[1]
                 tree.plot([above, x], [1 - r, -r], c="0.6", lw=0.8, zorder=1)
     for axis in (tree, curve):
         for x in found[0].tolist():
             axis.axvspan(x - 0.5, x + 0.5, color="0.85", zorder=0)
-    tree.set(yticks=[-r for r in range(len(rounds))], yticklabels=[f"round {r + 1}" for r in range(len(rounds))])
+    tree.set_yticks([-r for r in range(len(rounds))], [f"round {r + 1}" for r in range(len(rounds))])
     curve.plot(scores, c="black", lw=1)
     curve.set(xlabel="key block", ylabel="score")
-    figure.suptitle("Blocks that each round looks at (circles), and the four that are kept (grey)", fontsize=10)
+    figure.suptitle("Blocks that each round scores (circles), and the four that are kept (grey)", fontsize=10)
     figure.savefig(Path(__file__).parent / "tree.svg", metadata={"Date": None})
-    figure.savefig("/tmp/tree.png") if "--png" in sys.argv else None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Everything that needs a real GPU, in one command: tests, ceilings, and times beside torch's flash attention.
+"""Everything that needs a real GPU, in one command: tests, ceilings, times beside torch's flash attention.
 
     python extras/gpu_check.py --out results.json
 
-Prints Markdown tables last.  Times are medians of CUDA-event timings; inputs are random and rotated, so that no
-run finds its own keys in the cache.
+Prints a Markdown table last.  Times are medians, by CUDA events; inputs are random and rotated, so no run
+finds its own keys in the cache.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def ceilings() -> dict:
     x = torch.randn(2**30, device="cuda")  # 4 GiB
     y = torch.empty_like(x)
     copy = milliseconds(lambda i: y.copy_(x), 1)
-    del x, y
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = milliseconds(lambda i: a @ b, 1)
     return {"copy_TB_per_s": 8 * 2**30 / copy / 1e9, "bf16_TFLOP_per_s": 2 * 8192**3 / product / 1e9}
