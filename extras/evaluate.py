@@ -25,7 +25,7 @@ from hip import HiPConfig  # noqa: E402
 from model import METHODS, Context, Llama, Tokenizer, generate, load  # noqa: E402
 
 TEXT_START = 20_000  # tokens of the text that are skipped
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def perplexity(model: Llama, tokens: list[int], cfg: HiPConfig, method: str = "hip") -> float:
