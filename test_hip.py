@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import gguf
 import pytest
 import safetensors.torch
 import tokenizers
@@ -765,6 +764,8 @@ def test_every_family_equals_transformers_in_logits_and_greedy_tokens(tmp_path, 
 
 def save_gguf(path, theirs):
     """The model as llama.cpp stores it: names of the library gguf, llama's rotary rows side by side."""
+    import gguf  # only what reads models needs it
+
     c, (_, tokens, merges) = theirs.config, text_tokenizer()
     writer = gguf.GGUFWriter(path, c.model_type)
     writer.add_embedding_length(c.hidden_size)
