@@ -10,12 +10,14 @@ hip_triton.py, or if the tests fail without any bug.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,27 +109,35 @@ def killer(tree: Path) -> str:
     return failed[1]
 
 
-def main() -> int:
-    text = (ROOT / "hip_triton.py").read_text()
-    chosen = [m for m in MUTANTS if all(word in m[0] for word in sys.argv[1:])]
-    stale = [name for name, old, _ in chosen if text.count(old) != 1]
-    for name in stale:
-        print(f"not exactly once in hip_triton.py: {name}", file=sys.stderr)
+def fate(mutant: tuple[str, str, str] | None) -> str:
+    """The test that kills this mutant, or '', in a copy of the tree of its own; None is no mutation."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=SKIP)
-        if failed := killer(tree):
-            print(f"without any bug, {failed} fails", file=sys.stderr)
-            return 1
-        print("| mutation | killed by |\n| --- | --- |", flush=True)
-        survivors = 0
-        for name, old, new in chosen:
-            if name not in stale:
-                (tree / "hip_triton.py").write_text(text.replace(old, new))
-                test = killer(tree)
-                survivors += not test
-                print(f"| {name} | {test or '**nothing**'} |", flush=True)
-    return 1 if survivors or stale else 0
+        if mutant:
+            text = (tree / "hip_triton.py").read_text()
+            if text.count(mutant[1]) != 1:
+                raise RuntimeError(f"not exactly once in hip_triton.py: {mutant[0]}")
+            (tree / "hip_triton.py").write_text(text.replace(mutant[1], mutant[2]))
+        return killer(tree)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose names have all of these words")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (%(default)s)")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if all(word in m[0] for word in options.words)]
+    print("| mutation | killed by |\n| --- | --- |", flush=True)
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        sound = pool.submit(fate, None)
+        for mutant, test in zip(chosen, pool.map(fate, chosen), strict=True):
+            survivors += not test
+            print(f"| {mutant[0]} | {test or '**nothing**'} |", flush=True)
+        if failed := sound.result():
+            print(f"without any bug, {failed} fails: the table says nothing", file=sys.stderr)
+    return 1 if survivors or failed else 0
 
 
 if __name__ == "__main__":
