@@ -51,7 +51,7 @@ class HiPConfig:
 
     Differs from the paper: blocks of 16 keys instead of 2, which is faster, and `beam`, `memory` and
     `dense_tail`, which win back what the larger blocks lose.  The paper's setting is
-    `HiPConfig(block_k=2, beam=1, dense_layers=3, dense_tail=0, memory=False)`.
+    `HiPConfig(block_k=2, stride_q=2, beam=1, dense_layers=3, dense_tail=0, memory=False)`.
     """
 
     top_k: int = 512
@@ -208,9 +208,8 @@ def search(score: Callable, lo: int, n: torch.Tensor, cfg: HiPConfig) -> tuple[t
         else:
             new = score(speaker.flatten(1)).view_as(f)
         scores = new.masked_fill(f == l, -math.inf).flatten(1)  # Alg. 1, l. 9-10: one block speaks for all
-        keep = best(
-            scores, N
-        )  # Alg. 1, l. 11; branches are in order of position, so ties go to the lower one
+        # Alg. 1, l. 11; branches stand in order of position, so that ties go to the lower one
+        keep = best(scores, N)
         f, l, scores = (x.flatten(1).gather(1, keep) for x in (f, l, scores))
     return torch.where(f < l, f, NO_BLOCK), scores
 
