@@ -86,6 +86,10 @@ def arguments() -> argparse.ArgumentParser:
                       help="one user message (when the model has a template)")
     form.add_argument("--raw", action="store_false", dest="chat", help="plain text that the model continues")
     add("--prefill-chunk", metavar="N", type=int, default=2048, help="tokens read at a time (%(default)s)")
+    add("--offload", choices=("host", "disk"), help="keep keys and values there, near only what is in use")
+    add("--offload-dir", metavar="DIR", help="where --offload disk puts its file (the system's choice)")
+    add("--resident-tokens", metavar="N", type=int,
+        help="most tokens on the device, of a layer and key/value head (by --top-k and length)")
     add("--json", action="store_true", help="the summary as one JSON line")
     for name, text in {
         "top_k": "keys that the search chooses for a block of queries",
@@ -136,6 +140,14 @@ def run(options: argparse.Namespace) -> None:
     cfg = HiPConfig(**{name: getattr(options, name) for name in names})
     if options.prefill_chunk < 1 or options.prefill_chunk % cfg.block_q:
         raise ValueError(f"--prefill-chunk must be a multiple of {cfg.block_q}, not {options.prefill_chunk}")
+    offload = None
+    if options.offload:
+        if options.attention not in ("hip", "streaming"):
+            raise ValueError(f"--offload works with --attention hip or streaming, not {options.attention}")
+        offload = dict(store=options.offload, folder=options.offload_dir,
+                       resident_tokens=options.resident_tokens)
+    elif options.offload_dir is not None or options.resident_tokens is not None:
+        raise ValueError("--offload-dir and --resident-tokens must come with --offload")
     text = None if options.make_passkey is not None else read_prompt(options)
     method, kernels = options.attention, hip
     if method == "hip-triton":
@@ -159,11 +171,11 @@ def run(options: argparse.Namespace) -> None:
               f"{model.config.context} that the model was trained to read", file=sys.stderr)
 
     started = time.perf_counter()
-    context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels)
+    context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels, offload=offload)
     with tqdm(total=len(tokens), unit="token", desc="prompt", leave=False) as bar:
         for hidden in context.prefill(torch.tensor([tokens], device=model.device), options.prefill_chunk):
             bar.update(hidden.shape[1])
-    read = time.perf_counter()
+    read, at_first = time.perf_counter(), context.cache.counts() if context.cache else {}
     stream, answer = tokenizer.stream(), 0
     for token in generate(context, hidden, options.max_new_tokens, tokenizer.eos, options.temperature,
                           options.seed):
@@ -181,9 +193,20 @@ def run(options: argparse.Namespace) -> None:
         "score_share": round(context.scores / context.dense_scores, 4),
         "peak_memory_gb": round((torch.cuda.max_memory_allocated() or peak) / 1e9, 2),
     }
+    if context.cache:
+        counts, cache = context.cache.counts(), context.cache
+        summary |= {"resident_tokens": cache.resident_tokens(), "resident_bound": cache.bound,
+                    "stored_tokens": context.length, "moved_gb": round(counts["moved_bytes"] / 1e9, 3)}
+        for bank in ("search", "attention"):  # of the decoding steps; a prompt streams through
+            hits, misses = (counts[f"{bank}_{x}"] - at_first[f"{bank}_{x}"] for x in ("hits", "misses"))
+            summary[f"{bank}_hit_rate"] = round(hits / max(1, hits + misses), 4)
     words = ("{prompt_tokens} prompt tokens at {prefill_tokens_per_s}/s, {new_tokens} new ones at "
              "{decode_tokens_per_s}/s; {attention} computed {score_share:.1%} of the dense score matrix; "
              "peak memory {peak_memory_gb} GB")
+    if context.cache:
+        words += ("; of {stored_tokens} stored tokens at most {resident_tokens} on the device (bound "
+                  "{resident_bound}), {moved_gb} GB moved; decoding found {search_hit_rate:.1%} of the search's "
+                  "pages and {attention_hit_rate:.1%} of attention's there")
     print(json.dumps(summary) if options.json else words.format(**summary), file=sys.stderr)
 
 

@@ -32,6 +32,9 @@ row i at position Tk - Tq + i, so that reading a prompt, reading it in chunks an
 from __future__ import annotations
 
 import math
+import mmap
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -112,27 +115,59 @@ def domain(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device | str = "cpu")
     return lo, ((start - cfg.window + 1) // cfg.block_k).clamp(min=lo)
 
 
-class Heads:
-    """The tokens of a (B, H, T, D) tensor as rows of one matrix, which `index_select` gathers fast.
+def query_blocks(q: torch.Tensor, cfg: HiPConfig) -> torch.Tensor:
+    """The query blocks of (B, H, Tq, D) heads: (G, R, D).  A last block repeats its first row until full."""
+    Tq = q.shape[2]
+    R = min(cfg.block_q, Tq)
+    NQ = -(-Tq // R)
+    first = q[:, :, (NQ - 1) * R :][:, :, :1]
+    q = torch.cat([q, first.expand(-1, -1, NQ * R - Tq, -1)], 2) if Tq % R else q
+    return q.unflatten(2, (NQ, R)).flatten(0, 2)
 
-    A view: a cache of which only a part is filled, or heads that are a transposed projection, are not copied.
+
+class Blocks:
+    """Key blocks of (B, Hkv, T, D) tensors, as rows of one matrix that `index_select` gathers fast.
+
+    A view: a cache of which only a part is filled is not copied.  `OffloadedKVCache` has another class with
+    this `take`; whoever gathers by it need not know where the keys are.
     """
 
-    def __init__(self, x: torch.Tensor, query_heads: int):
-        B, H, T, D = x.shape
-        if x.stride(3) != 1 or any(stride % D for stride in x.stride()):
-            x = x.contiguous()
-        batch, head, self.step = (stride // D for stride in x.stride()[:3])
-        last_row = (B - 1) * batch + (H - 1) * head + (T - 1) * self.step
-        self.rows = x.as_strided((last_row + 1, D), (D, 1))
-        first = torch.arange(B)[:, None] * batch + torch.arange(H) * head  # (B, H) row of token 0
-        self.first = first.repeat_interleave(query_heads // H, 1).flatten().to(x.device)  # (B * query heads,)
-        self.last_token = T - 1
+    def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor):
+        self.block, self.stride, self.parts = block_k, stride, []
+        for x in tensors:
+            B, H, T, D = x.shape
+            if x.stride(3) != 1 or x.stride(2) != D or x.stride(1) % D or x.stride(0) % D:
+                x = x.contiguous()
+            batch, head = x.stride(0) // D, x.stride(1) // D
+            first = torch.arange(B)[:, None] * batch + torch.arange(H) * head  # (B, H) row of token 0
+            first = first.repeat_interleave(query_heads // H, 1).flatten().to(x.device)  # (B * query heads,)
+            rows = (B - 1) * batch + (H - 1) * head + T
+            tokens = x.as_strided((rows, D), (D, 1))
+            # row t is the block that begins with token t: the rows overlap
+            blocks = x.as_strided((max(0, rows + 1 - block_k), block_k * D), (D, 1))
+            self.parts.append((first, tokens, blocks, T))
 
-    def take(self, head: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (G, L) of heads (G,), numbered through B * H: (G, L, D).  Past the end: the last token."""
-        row = self.first[head, None] + tokens.clamp(max=self.last_token) * self.step
-        return self.rows.index_select(0, row.flatten()).unflatten(0, row.shape)
+    def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """Every stride-th key of blocks (G, C) of heads (G,), numbered through B * H: (G, C, keys, D) each.
+
+        A token past the end is the last token once more.
+        """
+        taken = []
+        for first, tokens, whole, T in self.parts:
+            start, head_row = blocks * self.block, first[head, None]
+            if int(start.max()) + self.block <= T:
+                x = whole.index_select(0, (head_row + start).flatten())
+            else:
+                token = (start[..., None] + torch.arange(self.block, device=blocks.device)).clamp(max=T - 1)
+                x = tokens.index_select(0, (head_row[..., None] + token).flatten())
+            taken.append(x.view(*blocks.shape, self.block, -1)[:, :, :: self.stride])
+        return taken
+
+
+def key_blocks(query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor | Paged) -> Blocks | Paged:
+    """What gathers from these tensors, or from their stand-ins in an offloaded cache."""
+    first = tensors[0]
+    return first if isinstance(first, Paged) else Blocks(query_heads, block_k, stride, *tensors)
 
 
 def pieces(total: int, size: int, device: torch.device) -> Iterator[slice]:
@@ -150,24 +185,13 @@ def number(heads: int, NQ: int, device: torch.device) -> tuple[torch.Tensor, tor
 # --- scores ------------------------------------------------------------------------------------------------
 
 
-def search_rows(q: Heads, head: torch.Tensor, i: torch.Tensor, Tq: int, cfg: HiPConfig) -> torch.Tensor:
-    """The query rows by which blocks are scored, every stride_q-th of query block i: (G, D, R) float32."""
-    in_block = torch.arange(0, min(cfg.block_q, Tq), cfg.stride_q, device=i.device)
-    rows = i[:, None] * cfg.block_q + in_block  # (G, R)
-    rows = torch.where(rows < Tq, rows, rows[:, :1])  # past the end: row 0 again, which changes no maximum
-    return q.take(head, rows).float().transpose(1, 2).contiguous()
-
-
-def block_scores(q: torch.Tensor, k: Heads, head: torch.Tensor, blocks: torch.Tensor,
-                 cfg: HiPConfig) -> torch.Tensor:
-    """Score of key blocks (G, C): the largest q . k of its strided keys with query rows (G, D, R).  (G, C)"""
-    G, C = blocks.shape
-    in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=q.device)
-    scores = []
-    for g in pieces(G, PIECE_BYTES // (4 * C * len(in_block) * q.shape[1]), q.device):
-        tokens = (blocks[g, :, None] * cfg.block_k + in_block).flatten(1)
-        keys = k.take(head[g], tokens).float()  # (G, C * keys, D)
-        scores.append((keys @ q[g]).view(-1, C, len(in_block) * q.shape[2]).amax(-1))
+def block_scores(q: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
+                 blocks: torch.Tensor) -> torch.Tensor:
+    """Score of key blocks (G, C), the largest q . k of strided keys with query rows (G, D, R): (G, C)."""
+    (G, C), scores = blocks.shape, []
+    for g in pieces(G, PIECE_BYTES // (4 * C * k.block // k.stride * q.shape[1]), q.device):
+        (keys,) = k.take(head[g], blocks[g])  # (G, C, keys, D)
+        scores.append((keys.flatten(1, 2).float() @ q[g]).view(*blocks[g].shape, -1).amax(-1))
     return finite(torch.cat(scores))
 
 
@@ -242,24 +266,24 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
     NQ, M = len(hi), cfg.budget
     if previous is not None:
         check_selection(previous, B, H, NQ, "previous")
-    queries, keys = Heads(q, H), Heads(k, H)
+    rows = query_blocks(q, cfg)[:, :: cfg.stride_q]
+    keys = key_blocks(H, cfg.block_k, cfg.stride_k, k)
     out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
     if int(hi.max()) == lo:  # sink and window cover everything
         return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
     heads, index = number(B * H, NQ, q.device)
     for g in pieces(len(out), 64, q.device):
-        head, i = heads[g], index[g]
-        rows = search_rows(queries, head, i, Tq, cfg)
+        head, i, b_q = heads[g], index[g], rows[g].float().transpose(1, 2).contiguous()
 
-        def score(blocks, rows=rows, head=head):
-            return block_scores(rows, keys, head, blocks, cfg)
+        def score(blocks, b_q=b_q, head=head):
+            return block_scores(b_q, keys, head, blocks)
 
         blocks, scores = search(score, lo, hi[i] - lo, cfg)
         if previous is not None:
             old = previous.blocks.flatten(0, 2)[g].long()
             inside = (lo <= old) & (old < hi[i, None])
-            blocks = torch.cat([blocks, torch.where(inside, old, NO_BLOCK)], 1)
-            scores = torch.cat([scores, score(old.clamp(min=0))], 1)
+            blocks = torch.cat([blocks, old.where(inside, NO_BLOCK)], 1)
+            scores = torch.cat([scores, score(old.where(inside, lo))], 1)
         out[g] = merge(blocks, scores, M).int()
     return Selection(out.masked_fill_(out == NO_BLOCK, -1).view(B, H, NQ, M), hi * cfg.block_k)
 
@@ -273,15 +297,16 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig) -> Selection
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
     _, hi = domain(Tq, Tk, cfg, q.device)
     blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
-    head, queries = torch.arange(B * H, device=q.device), Heads(q, H)
-    keys = k[:, :, : blocks * cfg.block_k].unflatten(2, (blocks, cfg.block_k))[..., :: cfg.stride_k, :]
-    keys = keys.flatten(2, 3).float().repeat_interleave(H // k.shape[1], 1).flatten(0, 1)  # (B * H, keys, D)
-    scores = []
-    for i in range(len(hi)):
-        rows = search_rows(queries, head, torch.full_like(head, i), Tq, cfg)
-        products = (keys @ rows).view(B * H, blocks, cfg.block_k // cfg.stride_k * rows.shape[2])
-        scores.append(finite(products.amax(-1)))
-    return best_of_domain(torch.stack(scores, 1).view(B, H, len(hi), blocks), Tq, Tk, cfg)
+    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].float().unflatten(0, (B * H, len(hi))).transpose(2, 3)
+    scores = torch.empty(B * H, len(hi), blocks, device=q.device)
+    for c in pieces(blocks, 256, q.device):
+        n = c.stop - c.start
+        keys = k.narrow(2, c.start * cfg.block_k, n * cfg.block_k).unflatten(2, (n, cfg.block_k))
+        keys = keys[..., :: cfg.stride_k, :].flatten(2, 3).float()
+        keys = keys.repeat_interleave(H // k.shape[1], 1).flatten(0, 1)  # (B * H, n * keys, D)
+        for i in range(len(hi)):
+            scores[:, i, c] = (keys @ rows[:, i]).view(B * H, n, -1).amax(-1)
+    return best_of_domain(finite(scores).view(B, H, len(hi), blocks), Tq, Tk, cfg)
 
 
 def random_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
@@ -325,38 +350,59 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
     NQ, R = -(-Tq // cfg.block_q), min(cfg.block_q, Tq)
     check_selection(selection, B, H, NQ, "selection")
-    scale = D**-0.5 if scale is None else scale
-    device = q.device
-    queries, keys, values = Heads(q, H), Heads(k, H), Heads(v, H)
-
-    in_block, in_rows = torch.arange(cfg.block_k, device=device), torch.arange(R, device=device)
-    heads, index = number(B * H, NQ, device)
-    first = torch.arange(NQ, device=device) * cfg.block_q  # (NQ,) first query row of each block
-    sink = torch.arange(-(-cfg.sink // cfg.block_k) * cfg.block_k, device=device)
-    longest = int((first + Tk - Tq + R - selection.window_start).max())
+    scale, device = D**-0.5 if scale is None else scale, q.device
+    rows, past = query_blocks(q, cfg), key_blocks(H, cfg.block_k, 1, k, v)
+    lo, M = -(-cfg.sink // cfg.block_k), selection.blocks.shape[3]
+    in_block = torch.arange(cfg.block_k, device=device)
+    own = torch.arange(Tk - Tq, Tk - Tq + NQ * R, device=device).view(NQ, R)  # position of each query row
+    first = selection.window_start // cfg.block_k
+    longest = int((own[:, -1].clamp(max=Tk - 1) // cfg.block_k + 1 - first).max())
     window = torch.arange(max(0, longest), device=device)
-    chosen = selection.blocks.shape[3] * cfg.block_k
+    sink = torch.arange(lo, device=device)
 
     out = torch.empty(B * H * NQ, R, D, dtype=q.dtype, device=device)
-    for g in pieces(len(out), PIECE_BYTES // (4 * D * (chosen + len(sink) + len(window))), device):
+    heads, index = number(B * H, NQ, device)
+    for g in pieces(len(out), PIECE_BYTES // (4 * D * cfg.block_k * (lo + M + len(window))), device):
         head, i = heads[g], index[g]
-        blocks = selection.blocks.flatten(0, 2)[g]  # (G, M)
-        of_blocks = (blocks.long()[:, :, None] * cfg.block_k + in_block).flatten(1).clamp(min=0)
-        of_window = selection.window_start[i, None] + window
-        tokens = torch.cat([of_blocks, sink.expand(len(i), -1), of_window], 1)  # (G, L) positions looked at
-        rows = first[i, None] + in_rows  # (G, R)
-        b_q, b_k = queries.take(head, rows).float() * scale, keys.take(head, tokens).float()
-        s = b_q @ b_k.transpose(1, 2)  # (G, R, L)
-        # causal mask: not for the search's blocks, which lie in the past, nor for what all queries are past
-        past = int((rows[:, 0] + Tk - Tq - selection.window_start[i]).min())
-        past = chosen + (len(sink) + past if past > 0 else 0)
-        later = tokens[:, None, past:] > (rows + Tk - Tq)[:, :, None]
-        s[:, :, past:].masked_fill_(later, -math.inf)
-        if (blocks < 0).any():
-            padding = (blocks < 0).repeat_interleave(cfg.block_k, 1)
-            s[:, :, :chosen].masked_fill_(padding[:, None], -math.inf)
-        out[g] = s.softmax(-1).to(v.dtype) @ values.take(head, tokens)
+        chosen = selection.blocks.flatten(0, 2)[g].long()  # (G, M)
+        blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
+        tokens = (blocks[..., None] * cfg.block_k + in_block).flatten(1)  # (G, L) positions looked at
+        b_k, b_v = (x.flatten(1, 2) for x in past.take(head, blocks))  # (G, L, D)
+        s = rows[g].float() * scale @ b_k.float().transpose(1, 2)  # (G, R, L)
+        # causal mask: only for the window, unless a short text's sink reaches into it
+        masked = (lo + M) * cfg.block_k if int((own[i, 0] - selection.window_start[i]).min()) >= 0 else 0
+        later = tokens[:, None, masked:] > own[i][:, :, None]
+        s[:, :, masked:].masked_fill_(later, -math.inf)
+        if (chosen < 0).any():
+            padding = (chosen < 0).repeat_interleave(cfg.block_k, 1)
+            s[:, :, lo * cfg.block_k : (lo + M) * cfg.block_k].masked_fill_(padding[:, None], -math.inf)
+        out[g] = s.softmax(-1).to(v.dtype) @ b_v
     return out.view(B, H, NQ * R, D)[:, :, :Tq]
+
+
+def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | Paged, *,
+                    scale: float | None = None) -> torch.Tensor:
+    """Causal attention over everything, a run of keys at a time, so that not all need be near at once.
+
+    Equals `dense_attention` but for rounding; for a prompt's tail and for dense layers beside an offloaded
+    cache.
+    """
+    check_inputs(q, k, v)
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    q = q.unflatten(1, (Hkv, -1)).flatten(2, 3).float()  # (B, Hkv, rows, D)
+    q = q * (D**-0.5 if scale is None else scale)
+    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv)[:, None]  # (rows, 1) position
+    o, total, top = torch.zeros_like(q), 0.0, torch.full_like(q[..., :1], -math.inf)
+    for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
+        n = piece.stop - piece.start
+        s = q @ k.narrow(2, piece.start, n).float().transpose(2, 3)  # (B, Hkv, rows, n)
+        if piece.stop > Tk - Tq:
+            s.masked_fill_(torch.arange(piece.start, piece.stop, device=q.device) > own, -math.inf)
+        highest = torch.maximum(top, s.amax(-1, keepdim=True))
+        p, shrink, top = (s - highest).exp_(), (top - highest).exp(), highest
+        o = o * shrink + p @ v.narrow(2, piece.start, n).float()
+        total = total * shrink + p.sum(-1, keepdim=True)
+    return (o / total).to(v.dtype).unflatten(2, (-1, Tq)).flatten(1, 2)
 
 
 def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
@@ -421,3 +467,220 @@ def check_selection(selection: Selection, B: int, H: int, NQ: int, name: str) ->
     if selection.blocks.shape[:3] != (B, H, NQ) or selection.window_start.shape != (NQ,):
         raise ValueError(f"{name} must be for {B} x {H} heads and {NQ} query blocks, not blocks "
                          f"{tuple(selection.blocks.shape)} and {len(selection.window_start)} windows")
+
+
+# --- the offloaded cache -----------------------------------------------------------------------------------
+#
+# A query block needs few keys, so few need be near.  `OffloadedKVCache` keeps all keys and values in a store:
+# host memory, or a file.  On the device each layer has two banks of pages, a page being one key block of one
+# key/value head: one bank for what the search looks at, one for what attention looks at.  A page table says
+# in which slot of the bank a page lies; a page that is missing is copied there, in place of the one that was
+# used least recently.  The functions above learn nothing of this: a `Paged` takes the place of k or v, and
+# its `take` answers with the very rows that `Blocks.take` gathers, so that no result changes by a bit.
+
+
+class Bank:
+    """The pages of some heads that are on the device: slots, page table, and counts of what happened.
+
+    store: (heads, pages, block_k, D) tensors that share one page table, keys or keys and values.
+    slots: pages that a head may have here.  Of each page every stride-th token is held.
+    """
+
+    def __init__(self, store: list[torch.Tensor], slots: int, stride: int, device: torch.device,
+                 stream: torch.cuda.Stream | None = None):
+        self.store, self.slots, self.block, self.stride = store, slots, store[0].shape[2], stride
+        self.stream = stream  # on which the store is written
+        heads, self.pages, _, D = store[0].shape
+        shape = heads * slots, self.block // stride, D
+        self.rows = [torch.full(shape, math.nan, dtype=x.dtype, device=device) for x in store]
+        self.slot_of = torch.full((heads, self.pages), -1, device=device)  # page table, -1: not here
+        self.page_of = torch.full((heads, slots), -1, device=device)  # its inverse, -1: a free slot
+        self.used = torch.full((heads, slots), -1, device=device)  # call that last needed a slot
+        self.calls = self.hits = self.misses = self.evictions = self.bytes = 0
+
+    def find(self, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+        """Rows (n,) of pages (n,) of heads (n,): each pair once, sorted, of a head no more than its slots."""
+        self.calls += 1
+        slot = self.slot_of[head, page]
+        hit, new = slot >= 0, slot < 0
+        self.used[head[hit], slot[hit]] = self.calls
+        h, p = head[new], page[new]
+        if len(h):
+            # the i-th new page of a head goes into its i-th of the slots ordered by last use, where the pages
+            # of this call stand last
+            nth = torch.arange(len(h), device=h.device) - torch.searchsorted(h, h)
+            s = self.used.argsort(dim=1, stable=True)[h, nth]
+            old = self.page_of[h, s]
+            gone = old >= 0
+            self.slot_of[h[gone], old[gone]] = -1
+            self.slot_of[h, p], self.page_of[h, s], self.used[h, s], slot[new] = s, p, self.calls, s
+            at = (h * self.pages + p).to(self.store[0].device)
+            self.wait()
+            for rows, store in zip(self.rows, self.store, strict=True):
+                pages = store.flatten(0, 1).index_select(0, at)[:, :: self.stride]
+                rows[h * self.slots + s] = pages.to(rows.device)
+                self.bytes += pages.nbytes
+            self.evictions += int(gone.sum())
+        self.misses += len(h)
+        self.hits += len(head) - len(h)
+        return head * self.slots + slot
+
+    def take(self, head: torch.Tensor, page: torch.Tensor) -> list[torch.Tensor]:
+        """Pages (G, C) of heads (G,): (G, C, keys, D) of each store; in several goes if slots are too few."""
+        wanted, back = torch.unique(head[:, None] * self.pages + page, return_inverse=True)
+        head, page = wanted // self.pages, wanted % self.pages
+        # the n-th page of a head comes in go n // slots
+        go = (torch.arange(len(head), device=head.device) - torch.searchsorted(head, head)) // self.slots
+        goes = int(go.max()) + 1
+        if goes == 1:
+            row = self.find(head, page)[back]
+            return [x.index_select(0, row.flatten()).unflatten(0, row.shape) for x in self.rows]
+        out = [x.new_empty(*back.shape, *x.shape[1:]) for x in self.rows]
+        row = torch.empty_like(wanted)
+        for n in range(goes):
+            row[go == n] = self.find(head[go == n], page[go == n])
+            here = (go == n)[back]
+            for x, rows in zip(out, self.rows, strict=True):
+                x[here] = rows[row[back[here]]]
+        return out
+
+    def wait(self) -> None:
+        """Until all that was appended stands in the store."""
+        if self.stream:
+            self.stream.synchronize()
+
+    def overwrite(self, page: int, token: int, new: list[torch.Tensor]) -> None:
+        """Write (heads, n, D) behind the first `token` tokens of a page, wherever the page is in a slot."""
+        slot = self.slot_of[:, page]
+        h = (slot >= 0).nonzero()[:, 0]
+        for rows, x in zip(self.rows, new, strict=True):
+            rows[h * self.slots + slot[h], token : token + x.shape[1]] = x[h]
+
+
+class Paged:
+    """Stands for the k or v (B, Hkv, T, D) of an offloaded cache in the functions of this file."""
+
+    ndim = 4
+
+    def __init__(self, bank: Bank, part: int, shape: tuple[int, ...], group: int):
+        self.bank, self.store, self.shape, self.group = bank, bank.store[part], shape, group
+        self.block, self.stride = bank.block, bank.stride
+        self.dtype, self.device = self.store.dtype, bank.rows[0].device
+
+    def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """As `Blocks.take`; from a bank of keys and values both, whichever this stands for."""
+        return self.bank.take(head // self.group, blocks.clamp(max=(self.shape[2] - 1) // self.block))
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        """Tokens (B, Hkv, length, D) straight from the store, as `torch.narrow` does it; dim must be 2."""
+        B, H, _, D = self.shape
+        self.bank.wait()
+        x = self.store.flatten(1, 2).narrow(dim - 1, start, length).to(self.device)
+        self.bank.bytes += x.nbytes
+        return x.view(B, H, length, D)
+
+
+class OffloadedKVCache:
+    """Keys and values of all layers in a store, and on the device only what is in use.  (Paper section 4)
+
+    shape: (layers, B, Hkv, tokens, D) that it can hold, for H query heads; of `dtype`, used on `device`.
+    store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's
+    folder for temporary files), which has no name and so vanishes with the process, however that ends.
+    resident_tokens: most tokens of a layer and key/value head on the device.  None: as the paper has it,
+    top_k + window + sink for attention and top_k / stride_k * log2(tokens) for the search, where top_k counts
+    once for every query head that shares the key/value head.
+
+    Differs from the paper: misses are copied in before a kernel runs, not noticed by it.  ValueError when the
+    bound or the store cannot be; OSError when the file cannot be written.
+    """
+
+    def __init__(self, shape: tuple[int, ...], H: int, cfg: HiPConfig, dtype: torch.dtype,
+                 device: torch.device | str = "cpu", store: str = "host", folder: str | None = None,
+                 resident_tokens: int | None = None):
+        layers, B, Hkv, tokens, D = shape
+        self.shape, self.group, self.length, block = shape, H // Hkv, [0] * layers, cfg.block_k
+        pages, keys = -(-tokens // block), block // cfg.stride_k  # keys: of a page, that the search looks at
+        chosen = self.group * cfg.budget + -(-(cfg.sink + cfg.window + cfg.block_q) // block) + 2
+        looked_at = self.group * cfg.budget * math.ceil(math.log2(max(2, tokens)))
+        bound = chosen * block + looked_at * keys if resident_tokens is None else resident_tokens
+        if bound < block + keys:
+            raise ValueError(f"resident_tokens must be at least {block + keys}, a page of each bank, "
+                             f"not {bound}")
+        chosen = min(chosen, (bound - keys) // block)  # attention needs all of its pages in every step
+        looked_at = (bound - chosen * block) // keys
+        self.bound, self.mapping, self.stream = bound, None, None
+        if torch.device(device).type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+        self.store = self.allocate((layers, 2, B * Hkv, pages, block, D), dtype, store, folder)
+        self.banks = [(Bank([x[0]], min(pages, looked_at), cfg.stride_k, device, self.stream),
+                       Bank(list(x), min(pages, chosen), 1, device, self.stream)) for x in self.store]
+        self.written = 0  # bytes
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, store: str,
+                 folder: str | None) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        need = f"a cache of {self.shape[3]} tokens needs {size / 1e9:.1f} GB"
+        if store == "host":
+            try:
+                return torch.zeros(shape, dtype=dtype, pin_memory=self.stream is not None)
+            except RuntimeError as error:
+                raise ValueError(f"{need} of host memory: too much; store it on disk") from error
+        if store != "disk":
+            raise ValueError(f"store must be host or disk, not {store!r}")
+        try:
+            # without a name: nobody can truncate it, and it is gone with the process, even a killed one
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later would be a signal
+                self.mapping = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise ValueError(f"{need} in a file, which cannot be had in {folder or tempfile.gettempdir()}: "
+                             f"{error.strerror}") from error
+        return torch.frombuffer(self.mapping, dtype=dtype).view(shape)
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k, v (B, Hkv, T, D) behind the tokens that the layer has."""
+        start, T, block = self.length[layer], k.shape[2], self.store.shape[4]
+        if start + T > self.shape[3]:
+            raise ValueError(f"the cache holds {self.shape[3]} tokens, and {start + T} are too many")
+        new = [x.flatten(0, 1) for x in (k, v)]  # (heads, T, D)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # does nothing where there is none
+            for store, x in zip(self.store[layer], new, strict=True):
+                if self.stream:
+                    x.record_stream(self.stream)
+                store.flatten(1, 2)[:, start : start + T].copy_(x, non_blocking=True)
+                self.written += x.nbytes
+        rest = -start % block  # of the page that was begun; the search only meets full pages
+        if rest:
+            self.banks[layer][1].overwrite(start // block, start % block, [x[:, :rest] for x in new])
+        self.length[layer] += T
+        if self.mapping:  # what was read and written stays with the system, no longer with this process
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+    def search_keys(self, layer: int, tokens: int | None = None) -> Paged:
+        """The layer's first `tokens` keys, None for all, for `select_blocks` and `oracle_blocks`."""
+        return self.paged(self.banks[layer][0], 0, tokens or self.length[layer])
+
+    def keys(self, layer: int) -> Paged:
+        """The layer's keys, for attention; always together with `values`."""
+        return self.paged(self.banks[layer][1], 0, self.length[layer])
+
+    def values(self, layer: int) -> Paged:
+        return self.paged(self.banks[layer][1], 1, self.length[layer])
+
+    def paged(self, bank: Bank, part: int, tokens: int) -> Paged:
+        _, B, Hkv, _, D = self.shape
+        return Paged(bank, part, (B, Hkv, tokens, D), self.group)
+
+    def counts(self) -> dict[str, int]:
+        """Pages found and missed in the two banks, over all layers and heads, and bytes moved either way."""
+        counts = {"moved_bytes": self.written + sum(bank.bytes for pair in self.banks for bank in pair)}
+        for name, banks in zip(("search", "attention"), zip(*self.banks, strict=True), strict=True):
+            counts |= {f"{name}_{x}": sum(getattr(bank, x) for bank in banks) for x in ("hits", "misses")}
+        return counts
+
+    def resident_tokens(self) -> int:
+        """Most tokens that a layer and head has on the device; a slot stays full, so also the most ever."""
+        return max(sum(int((bank.page_of >= 0).sum(1).max()) * (bank.block // bank.stride) for bank in pair)
+                   for pair in self.banks)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import hip
-from hip import HiPConfig, Selection
+from hip import HiPConfig, Paged, Selection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
@@ -433,19 +433,24 @@ class Context:
 
     method: "hip", "dense" or "streaming" (sink and window alone, with top_k more tokens of window, so that it
     attends to as many as HiP).  kernels: the module that selects and attends, `hip` or `hip_triton`.
-    Raises ValueError when the cache of `capacity` tokens does not fit into memory.
+    offload: settings of an `OffloadedKVCache` (store, folder, resident_tokens), or None to keep all on the
+    device.  Raises ValueError when the cache of `capacity` tokens does not fit into memory.
     """
 
     def __init__(self, model: Llama, capacity: int, cfg: HiPConfig, method: str = "hip",
-                 kernels: ModuleType = hip, batch: int = 1):
+                 kernels: ModuleType = hip, batch: int = 1, offload: dict | None = None):
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         if method == "streaming":
             cfg = replace(cfg, window=cfg.window + cfg.top_k, dense_layers=0)
         self.model, self.cfg, self.method, self.kernels, c = model, cfg, method, kernels, model.config
         shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
+        self.cache = None
         try:
-            self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
+            if offload is None:
+                self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
+            else:
+                self.cache = hip.OffloadedKVCache(shape, c.heads, cfg, model.dtype, model.device, **offload)
         except RuntimeError as error:
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
@@ -479,20 +484,26 @@ class Context:
                dense: bool) -> torch.Tensor:
         """Append k, v (B, Hkv, T, D) to the layer's cache and let q (B, H, T, D) attend.  (B, H, T, D)"""
         T, cfg = q.shape[2], self.cfg
-        self.k[layer, :, :, self.length - T : self.length] = k
-        self.v[layer, :, :, self.length - T : self.length] = v
-        k, v = self.k[layer, :, :, : self.length], self.v[layer, :, :, : self.length]
+        if self.cache:
+            self.cache.append(layer, k, v)
+            k, v = self.cache.keys(layer), self.cache.values(layer)
+        else:
+            self.k[layer, :, :, self.length - T : self.length] = k
+            self.v[layer, :, :, self.length - T : self.length] = v
+            k, v = self.k[layer, :, :, : self.length], self.v[layer, :, :, : self.length]
         causal = T * self.length - T * (T - 1) // 2
         self.dense_scores += causal
         if self.method == "hip" and cfg.memory and self.decoded is None:
-            tail = q if self.tail[layer] is None else torch.cat([self.tail[layer], q], 2)
+            end = q[:, :, -MEMORY_QUERIES:]
+            tail = end if self.tail[layer] is None else torch.cat([self.tail[layer], end], 2)
             self.tail[layer] = tail[:, :, -MEMORY_QUERIES:].clone()  # not a view that keeps all of q alive
         if dense or self.method == "dense" or layer < cfg.dense_layers:
             self.scores += causal
-            return hip.dense_attention(q, k, v)
+            return (hip.dense_attention if self.method == "dense" else hip.dense_by_pieces)(q, k, v)
         searched = self.method == "hip" and (self.decoded is None or self.decoded % cfg.refresh_interval == 0)
         if searched:
-            self.selection[layer] = self.kernels.select_blocks(q, k, cfg, self.previous(layer, k))
+            keys = self.search_keys(layer, self.length)
+            self.selection[layer] = self.kernels.select_blocks(q, keys, cfg, self.previous(layer))
         elif self.method == "streaming":
             _, hi = hip.domain(T, self.length, cfg, q.device)
             none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
@@ -500,7 +511,11 @@ class Context:
         self.scores += hip.count_scores(T, self.length, self.selection[layer], cfg, searched)
         return self.kernels.sparse_attention(q, k, v, self.selection[layer], cfg)
 
-    def previous(self, layer: int, k: torch.Tensor) -> Selection | None:
+    def search_keys(self, layer: int, tokens: int) -> torch.Tensor | Paged:
+        """The layer's first `tokens` keys for the search: (B, Hkv, tokens, D)."""
+        return self.cache.search_keys(layer, tokens) if self.cache else self.k[layer, :, :, :tokens]
+
+    def previous(self, layer: int) -> Selection | None:
         """What a refresh remembers: the selection before it; at first the exact one of the prompt's end.
 
         Differs from the paper, which searches afresh.
@@ -511,7 +526,7 @@ class Context:
             return self.selection[layer]
         tail, self.tail[layer] = self.tail[layer], None
         cfg = replace(self.cfg, block_q=max(self.cfg.block_q, MEMORY_QUERIES))  # all of them one query block
-        return hip.oracle_blocks(tail, k[:, :, : self.length - 1], cfg)
+        return hip.oracle_blocks(tail, self.search_keys(layer, self.length - 1), cfg)
 
 
 def generate(context: Context, hidden: torch.Tensor, max_new_tokens: int, eos: set[int],

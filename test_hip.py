@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given, settings, stateful
 from hypothesis import strategies as st
 
 import generate as command
@@ -37,6 +37,10 @@ HERE = Path(__file__).parent
 # --- cases -------------------------------------------------------------------------------------------------
 
 FAMILIES = ("normal", "whole", "constant", "spike", "huge")
+
+
+COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens
+SMALL = HiPConfig(top_k=32, block_k=8, block_q=16, window=16, sink=4, dense_tail=5, refresh_interval=4)
 
 
 def tensor(generator, family, *shape):
@@ -140,6 +144,15 @@ def select_naively(q, k, cfg, previous=None):
     return result
 
 
+def wild_selection(q, k, cfg, width=None, seed=1):
+    """What `previous` may also be: any blocks of the text, others in each query block, some of them twice."""
+    g = torch.Generator().manual_seed(seed)
+    _, hi = hip.domain(q.shape[2], k.shape[2], cfg)
+    shape = (*q.shape[:2], len(hi), width or cfg.budget)
+    blocks = torch.randint(-1, k.shape[2] // cfg.block_k + 1, shape, generator=g, dtype=torch.int32)
+    return Selection(blocks, hi * cfg.block_k)
+
+
 def as_lists(selection):
     blocks = selection.blocks
     return {
@@ -233,7 +246,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
 @given(whole(most_tokens=150), st.booleans())
 def test_the_search_is_the_one_of_the_design(case, remember):
     q, k, _, cfg = case
-    previous = hip.random_blocks(q, k, cfg, torch.Generator().manual_seed(1)) if remember else None
+    previous = wild_selection(q, k, cfg) if remember else None
     assert as_lists(select_blocks(q, k, cfg, previous)) == select_naively(q, k, cfg, previous)
 
 
@@ -509,6 +522,138 @@ def test_the_work_of_a_prompt_grows_almost_linearly():
     assert scores(2**17) < 0.1 * (2**17) ** 2 / 2
 
 
+# --- the offloaded cache -----------------------------------------------------------------------------------
+
+
+@given(cases(dtypes=(torch.float32, torch.bfloat16)), st.sampled_from(["host", "disk"]),
+       st.sampled_from([None, 0, 100]), st.integers(1, 4))
+def test_an_offloaded_cache_changes_no_bit_of_any_result(case, store, spare, calls):
+    q, k, v, cfg = case
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    bound = None if spare is None else cfg.block_k + cfg.block_k // cfg.stride_k + spare
+    cache = hip.OffloadedKVCache((1, B, Hkv, Tk, D), H, cfg, q.dtype, store=store, resident_tokens=bound)
+    cache.append(0, k[:, :, : Tk - Tq], v[:, :, : Tk - Tq])
+    parts = [x for x in range(Tk - Tq, Tk, -(-Tq // calls))] + [Tk]
+    for start, end in zip(parts, parts[1:], strict=False):
+        queries, keys, values = q[:, :, start - Tk + Tq : end - Tk + Tq], k[:, :, :end], v[:, :, :end]
+        cache.append(0, keys[:, :, start:], values[:, :, start:])
+        near = cache.search_keys(0), cache.keys(0), cache.values(0)
+        previous = wild_selection(queries, keys, cfg)
+        selection = select_blocks(queries, near[0], cfg, previous)
+        for found, wanted in (
+            (selection.blocks, select_blocks(queries, keys, cfg, previous).blocks),
+            (hip.oracle_blocks(queries, near[0], cfg).blocks, hip.oracle_blocks(queries, keys, cfg).blocks),
+            (sparse_attention(queries, *near[1:], selection, cfg),
+             sparse_attention(queries, keys, values, selection, cfg)),
+            (hip.dense_by_pieces(queries, *near[1:]), hip.dense_by_pieces(queries, keys, values)),
+        ):
+            assert torch.equal(found, wanted)
+        assert cache.resident_tokens() <= cache.bound
+
+
+class CacheMachine(stateful.RuleBasedStateMachine):
+    """Two heads of an offloaded cache beside a dictionary that says what should be where."""
+
+    @stateful.initialize(slots=st.integers(1, 5))
+    def start(self, slots):
+        self.cache = hip.OffloadedKVCache((1, 1, 2, 60, 3), 2, HiPConfig(top_k=4, block_k=4), torch.float32)
+        self.bank = hip.Bank(list(self.cache.store[0]), slots, 1, "cpu")
+        self.cache.banks[0] = self.cache.banks[0][0], self.bank
+        self.k, self.v = torch.empty(2, 0, 3), torch.empty(2, 0, 3)
+        self.here = [{}, {}]  # of each head: page -> (slot, call that used it last)
+        self.calls = 0
+        self.counts = dict(hits=0, misses=0, evictions=0, bytes=0)
+
+    @stateful.rule(tokens=st.integers(1, 9))
+    def append(self, tokens):
+        tokens = min(tokens, 60 - self.k.shape[1])
+        new = torch.randn(2, 1, 2, tokens, 3)
+        self.cache.append(0, *new)
+        self.k, self.v = torch.cat([self.k, new[0, 0]], 1), torch.cat([self.v, new[1, 0]], 1)
+
+    @stateful.precondition(lambda self: self.k.shape[1] > 0)
+    @stateful.rule(data=st.data(), swap=st.booleans())
+    def look_up(self, data, swap):
+        last = (self.k.shape[1] - 1) // 4
+        three = st.lists(st.integers(0, last), min_size=3, max_size=3)
+        blocks = data.draw(st.tuples(three, three))
+        heads = [1, 0] if swap else [0, 1]
+        taken = self.cache.keys(0).take(torch.tensor(heads), torch.tensor(blocks))
+        for x, store in zip(taken, (self.k, self.v), strict=True):
+            padded = torch.nn.functional.pad(store, (0, 0, 0, 3))
+            for i, head in enumerate(heads):
+                for j, page in enumerate(blocks[i]):
+                    assert torch.equal(x[i, j], padded[head, page * 4 : page * 4 + 4])
+        wanted = [sorted(set(blocks[heads.index(head)])) for head in (0, 1)]
+        slots = self.bank.slots
+        for n in range(max(-(-len(pages) // slots) for pages in wanted)):
+            self.calls += 1
+            for here, pages in zip(self.here, wanted, strict=True):
+                pages = pages[n * slots : (n + 1) * slots]
+                missing = [page for page in pages if page not in here]
+                here |= {page: (here[page][0], self.calls) for page in pages if page in here}
+                free = [(-1, slot, None) for slot in set(range(slots)) - {slot for slot, _ in here.values()}]
+                oldest = sorted(free + [(used, slot, page) for page, (slot, used) in here.items()],
+                                key=lambda x: x[:2])
+                for page, (_, slot, gone) in zip(missing, oldest, strict=False):
+                    self.counts["evictions"] += here.pop(gone, None) is not None
+                    here[page] = (slot, self.calls)
+                self.counts["misses"] += len(missing)
+                self.counts["hits"] += len(pages) - len(missing)
+                self.counts["bytes"] += len(missing) * 2 * 4 * 3 * 4
+
+    @stateful.invariant()
+    def the_bank_is_as_the_dictionary_says(self):
+        if not hasattr(self, "bank"):
+            return
+        assert self.counts == {name: getattr(self.bank, name) for name in self.counts}
+        rows = self.bank.rows[0].unflatten(0, (2, -1))
+        for head, here in enumerate(self.here):
+            slots = {slot: page for page, (slot, _) in here.items()}
+            assert self.bank.page_of[head].tolist() == [slots.get(s, -1) for s in range(self.bank.slots)]
+            assert self.bank.slot_of[head].tolist() == [here.get(p, (-1,))[0] for p in range(self.bank.pages)]
+            for slot in range(self.bank.slots):  # a free slot is poisoned
+                assert bool(rows[head, slot].isnan().all()) == (slot not in slots)
+
+
+TestAnOffloadedCacheDrivenAtRandom = CacheMachine.TestCase
+TestAnOffloadedCacheDrivenAtRandom.settings = settings(max_examples=40, stateful_step_count=20)
+
+
+def test_the_tokens_on_the_device_grow_as_the_logarithm_of_the_text():
+    bounds = [hip.OffloadedKVCache((1, 1, 1, T, 4), 1, HiPConfig(), torch.float32).bound
+              for T in (2**13, 2**15, 2**17, 2**19)]
+    steps = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert len(set(steps)) == 1 and bounds[-1] < 2**14
+
+
+def test_a_file_of_an_offloaded_cache_cannot_be_found_or_outlive_it(tmp_path):
+    cache = hip.OffloadedKVCache((1, 1, 1, 100, 4), 1, SMALL, torch.float32, store="disk", folder=tmp_path)
+    cache.append(0, torch.ones(1, 1, 50, 4), torch.ones(1, 1, 50, 4))
+    assert list(tmp_path.iterdir()) == []
+    assert (cache.values(0).narrow(2, 20, 30) == 1).all()
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(resident_tokens=15), "resident_tokens must be at least 16, a page of each bank, not 15"),
+    (dict(store="tape"), "store must be host or disk, not 'tape'"),
+    (dict(store="disk", folder="/no/such"), "a file, which cannot be had in /no/such: No such file"),
+    (dict(store="disk", folder="/proc"), "a file, which cannot be had in /proc"),
+    (dict(store="disk", tokens=10**14), "3200000.0 GB in a file, which cannot be had .*: (No space|File too)"),
+    (dict(tokens=10**14), "needs 3200000.0 GB of host memory: too much; store it on disk"),
+])
+def test_an_offloaded_cache_that_cannot_be_had_is_refused(wrong, words):
+    tokens = wrong.pop("tokens", 100)
+    with pytest.raises(ValueError, match=words):
+        hip.OffloadedKVCache((1, 1, 1, tokens, 4), 1, SMALL, torch.float32, **wrong)
+
+
+def test_an_offloaded_cache_that_is_full_says_so():
+    cache = hip.OffloadedKVCache((1, 1, 1, 9, 4), 1, SMALL, torch.float32)
+    with pytest.raises(ValueError, match="the cache holds 9 tokens, and 10 are too many"):
+        cache.append(0, torch.ones(1, 1, 10, 4), torch.ones(1, 1, 10, 4))
+
+
 # --- the kernels: everything again through hip_triton.py ---------------------------------------------------
 
 GPU = torch.cuda.is_available()
@@ -566,10 +711,23 @@ def test_triton_functions_have_the_signatures_of_the_reference(kernels):
 @given(kernel_cases(families=("whole", "constant")), st.booleans())
 def test_triton_selects_exactly_what_the_reference_selects(kernels, case, remember):
     q, k, _, cfg = case
-    previous = hip.random_blocks(q, k, cfg, torch.Generator().manual_seed(1)) if remember else None
+    previous = wild_selection(q, k, cfg) if remember else None
     found, wanted = on_device(kernels.select_blocks, q, k, cfg, previous), select_blocks(q, k, cfg, previous)
     assert found.blocks.dtype == torch.int32 and found.window_start.dtype == torch.int64
     assert torch.equal(found.blocks, wanted.blocks) and torch.equal(found.window_start, wanted.window_start)
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_triton_remembers_what_the_reference_remembers(kernels, width):
+    # few nodes for many blocks, so that what is remembered matters
+    cfg = HiPConfig(top_k=8, block_k=4, block_q=4, stride_q=2, beam=1, sink=3, window=5)
+    g = torch.Generator().manual_seed(width)
+    q, k = tensor(g, "whole", 2, 2, 13, 32), tensor(g, "whole", 2, 1, 140, 32)
+    previous = wild_selection(q, k, cfg, width)
+    wanted = select_blocks(q, k, cfg, previous).blocks
+    assert torch.equal(on_device(kernels.select_blocks, q, k, cfg, previous).blocks, wanted)
+    assert not torch.equal(wanted, select_blocks(q, k, cfg).blocks)
 
 
 @needs_triton
@@ -685,8 +843,6 @@ CHECKPOINTS = {
     "mistral": dict(head_dim=32), "qwen2": dict(), "qwen3": dict(head_dim=32, tie_word_embeddings=True),
     "llama in parts": dict(),
 }
-COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens and more
-SMALL = HiPConfig(top_k=32, block_k=8, block_q=16, window=16, sink=4, dense_tail=5, refresh_interval=4)
 
 
 def text_tokenizer():
@@ -908,13 +1064,14 @@ def watched(calls):
 
 
 def watch_attention(context):
-    """Note (layer, q, output, dense attention's output) of every call of context.attend."""
+    """Note (layer, q, output, whether it is dense attention's) of every call of context.attend."""
     notes, attend = [], context.attend
 
     def noting(layer, q, k, v, dense):
         o = attend(layer, q, k, v, dense)
         keys, values = (x[layer, :, :, : context.length] for x in (context.k, context.v))
-        notes.append(SimpleNamespace(layer=layer, q=q, o=o, dense=hip.dense_attention(q, keys, values)))
+        is_dense = torch.allclose(o, hip.dense_attention(q, keys, values), atol=1e-5, rtol=1e-5)
+        notes.append(SimpleNamespace(layer=layer, q=q, o=o, dense=is_dense))
         return o
 
     context.attend = noting
@@ -976,7 +1133,7 @@ def test_the_last_queries_of_a_prompt_attend_densely_and_the_rest_does_not(tiny)
     notes = watch_attention(context)
     list(context.prefill(some_tokens(333), 1024))
     for n in notes:
-        assert n.q.shape[2] in (328, 5) and torch.equal(n.o, n.dense) == (n.q.shape[2] == 5)
+        assert n.q.shape[2] in (328, 5) and n.dense == (n.q.shape[2] == 5)
 
 
 def test_the_first_layers_attend_densely_when_told_so(tiny):
@@ -986,7 +1143,7 @@ def test_the_first_layers_attend_densely_when_told_so(tiny):
     list(context.prefill(some_tokens(320), 1024)), list(decode(context, 3))
     assert len(calls) == 2  # of one layer: the prompt's and the first decoding step's
     for n in notes:
-        assert torch.equal(n.o, n.dense) == (n.layer < 2 or n.q.shape[2] == 5)
+        assert n.dense == (n.layer < 2 or n.q.shape[2] == 5)
 
 
 def test_a_second_prompt_may_follow_an_answer(tiny):
@@ -1005,7 +1162,28 @@ def test_streaming_attends_to_sink_and_window_without_a_search(tiny):
     assert calls == []
     assert all(s.blocks.shape[3] == 0 for s in context.selection)
     assert [int(s.window_start) for s in context.selection] == [(337 - 48 + 1) // 8 * 8] * tiny.config.layers
-    assert not any(torch.equal(n.o, n.dense) for n in notes if n.q.shape[2] == 1)
+    assert not any(n.dense for n in notes if n.q.shape[2] == 1)
+
+
+@pytest.mark.parametrize("offload", [dict(store="host"), dict(store="disk", resident_tokens=40)])
+@pytest.mark.parametrize("change", [{}, dict(dense_layers=1, stride_k=2), dict(memory=False, block_q=4)])
+def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, offload, change):
+    cfg, results = HiPConfig(**vars(SMALL) | change), []
+    for settings_ in (None, offload):
+        context = Context(tiny, 400, cfg, offload=settings_)
+        results.append(torch.cat([*context.prefill(some_tokens(333), 64), *decode(context, 10)], 1))
+    assert torch.equal(*results)
+    assert 0 < context.cache.resident_tokens() <= context.cache.bound
+
+
+def test_between_refreshes_a_decoding_step_moves_no_search_keys(tiny):
+    context = Context(tiny, 400, SMALL, offload=dict(store="host"))
+    list(context.prefill(some_tokens(333), 64))
+    looked_up = []
+    for _ in decode(context, 8):
+        counts = context.cache.counts()
+        looked_up.append(counts["search_hits"] + counts["search_misses"])
+    assert looked_up[0] == looked_up[3] < looked_up[4] == looked_up[7]
 
 
 def test_an_unknown_method_and_a_cache_without_room_are_refused(tiny):
@@ -1053,6 +1231,12 @@ BAD = {
     "--seed must be": ["--prompt", "a", "--seed", -1],
     "--passkey-depth": ["--make-passkey", 9, "--passkey-depth", 2],
     "--make-passkey needs at least": ["--make-passkey", 9], "--chat needs": ["--prompt", "a", "--chat"],
+    "--offload works with --attention hip or streaming, not dense":
+        ["--prompt", "a", "--offload", "host", "--attention", "dense"],
+    "--offload-dir and --resident-tokens must come with --offload": ["--prompt", "a", "--resident-tokens", 99],
+    "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
+    "resident_tokens must be at least 32, a page": ["--prompt", "a", "--offload", "host", "--resident-tokens", 9],
+    "GB of host memory: too much": ["--prompt", "a", "--offload", "host", "--max-new-tokens", 10**15],
     "the device nowhere cannot": ["--prompt", "a", "--device", "nowhere"],
     "needs 768000000.0 GB": ["--prompt", "a", "--dtype", "float32", "--max-new-tokens", 10**15],
     "no such path": ["--prompt", "a", "--model", "nothing"],
@@ -1083,6 +1267,20 @@ def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(ru
     few = ["--top-k", 16, "--beam", 1, "--window", 16, "--sink", 0, "--dense-tail", 0]
     _, _, err = run("--prompt", "cat" * 160, "--max-new-tokens", 5, "--json", *few)
     assert 0.1 < json.loads(err.strip().splitlines()[-1].split("\r")[-1])["score_share"] < 0.8
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_an_offloaded_cache_answers_the_same_and_reports_what_it_moved(run, tmp_path, store):
+    arguments = ["--prompt", "cat" * 160, "--max-new-tokens", 12, "--json", "--top-k", 16, "--window", 16]
+    _, text, _ = run(*arguments)
+    folder = ["--offload-dir", tmp_path] if store == "disk" else []
+    status, same, err = run(*arguments, "--offload", store, "--resident-tokens", 320, *folder)
+    summary = json.loads(err.strip().splitlines()[-1].split("\r")[-1])
+    assert (status, same) == (0, text) and list(tmp_path.iterdir()) == []
+    assert 0 < summary["resident_tokens"] <= summary["resident_bound"] == 320 < summary["stored_tokens"]
+    assert 0 < summary["attention_hit_rate"] <= 1 and 0 <= summary["search_hit_rate"] <= 1
+    _, _, err = run(*arguments[:4], "--offload", store)
+    assert "stored tokens" in err and "of attention's" in err
 
 
 def test_a_passkey_prompt_is_printed_as_it_is_and_its_answer_beside_it(run, folder):
