@@ -587,8 +587,8 @@ class OffloadedKVCache:
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's
     folder for temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key/value head on the device.  None: as the paper has it,
-    top_k + window + sink for attention and top_k / stride_k * log2(tokens) for the search, where top_k counts
-    once for every query head that shares the key/value head.
+    top_k + window + sink for attention, where top_k counts for each query head that shares the key/value
+    head, and 2 * top_k / stride_k * log2(tokens) for the search, which is what one search looks at.
 
     Differs from the paper: misses are copied in before a kernel runs, not noticed by it.  ValueError when the
     bound or the store cannot be; OSError when the file cannot be written.
@@ -601,7 +601,7 @@ class OffloadedKVCache:
         self.shape, self.group, self.length, block = shape, H // Hkv, [0] * layers, cfg.block_k
         pages, keys = -(-tokens // block), block // cfg.stride_k  # keys: of a page, that the search looks at
         chosen = self.group * cfg.budget + -(-(cfg.sink + cfg.window + cfg.block_q) // block) + 2
-        looked_at = self.group * cfg.budget * math.ceil(math.log2(max(2, tokens)))
+        looked_at = 2 * cfg.budget * math.ceil(math.log2(max(2, tokens)))
         bound = chosen * block + looked_at * keys if resident_tokens is None else resident_tokens
         if bound < block + keys:
             raise ValueError(f"resident_tokens must be at least {block + keys}, a page of each bank, "

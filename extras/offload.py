@@ -1,0 +1,188 @@
+"""The offloaded cache measured: what stays on the device as a text grows, and a million tokens on disk.
+
+    python extras/offload.py table                          # 8k to 1M tokens, one layer, host memory
+    python extras/offload.py million --folder DIR           # 30 layers, 23 GB in a file in DIR
+
+Attention alone, 9 query and 3 key/value heads, D 64, on synthetic keys with locality: between anchors drawn
+every 64 tokens keys change gradually, plus noise; a query resembles one anchor, or the last query.  Each step
+is compared with the all-resident cache, bit for bit (`million`: on the first and last layer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hip import HiPConfig, OffloadedKVCache, select_blocks, sparse_attention  # noqa: E402
+
+H, HKV, D, CHUNK, ANCHOR = 9, 3, 64, 8192, 64
+
+
+def chunk(layer: int, start: int, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (1, HKV, tokens, D) of a layer from token `start`, a multiple of CHUNK, on."""
+    def anchors(part):
+        seed = torch.Generator().manual_seed(9973 * layer + part)
+        return torch.randn(1, HKV, CHUNK // ANCHOR, D, generator=seed)
+
+    n, noise = start // CHUNK, torch.Generator().manual_seed(layer + 7919 * start)
+    ends = torch.cat([anchors(n), anchors(n + 1)[:, :, :1]], 2)
+    share = torch.arange(ANCHOR)[:, None] / ANCHOR
+    k = (ends[:, :, :-1, None] * (1 - share) + ends[:, :, 1:, None] * share).flatten(2, 3)
+    k = 2 * k + 0.3 * torch.randn(k.shape, generator=noise)
+    return k[:, :, :tokens].to(dtype), torch.randn(k.shape, generator=noise)[:, :, :tokens].to(dtype)
+
+
+def fill(cache: OffloadedKVCache, layer: int, tokens: int, dtype: torch.dtype) -> None:
+    for start in range(0, tokens, CHUNK):
+        cache.append(layer, *chunk(layer, start, min(CHUNK, tokens - start), dtype))
+
+
+def decoding(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """q (1, H, 1, D), k and v (1, HKV, 1, D) of each step; q drifts, and jumps every 16 steps."""
+    g, queries = torch.Generator().manual_seed(31 + layer), []
+    for step in range(steps):
+        if step % 16 == 0:
+            start = int(torch.randint(tokens // CHUNK, (1,), generator=g)) * CHUNK
+            base = chunk(layer, start, CHUNK, torch.float32)[0][:, :, ::ANCHOR]
+            anchor = int(torch.randint(base.shape[2], (1,), generator=g))
+            of = base[:, :, anchor].repeat_interleave(H // HKV, 1)
+        of = of + 0.1 * torch.randn(of.shape, generator=g)
+        new = [torch.randn(1, HKV, 1, D, generator=g).to(dtype) for _ in "kv"]
+        queries.append((of[:, :, None].to(dtype), *new))
+    return queries
+
+
+class Decoder:
+    """Decoding steps of one layer over some cache: a selection every refresh_interval steps, remembered."""
+
+    def __init__(self, cfg: HiPConfig):
+        self.cfg, self.selection, self.step, self.seconds = cfg, None, 0, []
+
+    def __call__(self, q, append, search_keys, keys, values) -> torch.Tensor:
+        started = time.perf_counter()
+        append()
+        if self.step % self.cfg.refresh_interval == 0:
+            self.selection = select_blocks(q, search_keys(), self.cfg, self.selection)
+        o = sparse_attention(q, keys(), values(), self.selection, self.cfg)
+        self.step += 1
+        self.seconds.append(time.perf_counter() - started)
+        return o
+
+
+def decode_offloaded(cache: OffloadedKVCache, layer: int, decoder: Decoder, q, k, v) -> torch.Tensor:
+    return decoder(q, lambda: cache.append(layer, k, v), lambda: cache.search_keys(layer),
+                   lambda: cache.keys(layer), lambda: cache.values(layer))
+
+
+def decode_resident(k_all, v_all, length: int, decoder: Decoder, q, k, v) -> torch.Tensor:
+    def append():
+        k_all[:, :, length : length + 1], v_all[:, :, length : length + 1] = k, v
+
+    return decoder(q, append, *(lambda x=x: x[:, :, : length + 1] for x in (k_all, k_all, v_all)))
+
+
+def resident(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """All keys and values of a layer, with room for the steps."""
+    out = [torch.empty(1, HKV, tokens + steps, D, dtype=dtype) for _ in "kv"]
+    for start in range(0, tokens, CHUNK):
+        for x, part in zip(out, chunk(layer, start, min(CHUNK, tokens - start), dtype), strict=True):
+            x[:, :, start : start + part.shape[2]] = part
+    return out
+
+
+def per_step(seconds: list[float], cfg: HiPConfig) -> float:
+    """Milliseconds of a step: the mean over runs of refresh_interval steps, of those the median."""
+    r = cfg.refresh_interval
+    return 1e3 * statistics.median(sum(seconds[i : i + r]) / r for i in range(0, len(seconds) - r + 1, r))
+
+
+def hit_rates(cache: OffloadedKVCache) -> list[float]:
+    """Of the search's and of attention's bank."""
+    n = cache.counts()
+    return [n[f"{x}_hits"] / (n[f"{x}_hits"] + n[f"{x}_misses"]) for x in ("search", "attention")]
+
+
+def table(options: argparse.Namespace) -> None:
+    cfg, dtype = HiPConfig(), torch.float32
+    print("| tokens | on the device | bound | search hits | attention hits | resident ms | offloaded ms "
+          "| ratio |\n" + "| --- " * 8 + "|")
+    for T in options.tokens:
+        cache = OffloadedKVCache((1, 1, HKV, T + options.steps, D), H, cfg, dtype, store=options.store,
+                                 folder=options.folder)
+        fill(cache, 0, T, dtype)
+        k_all, v_all = resident(0, T, options.steps, dtype)
+        near, far = Decoder(cfg), Decoder(cfg)
+        for i, new in enumerate(decoding(0, T, options.steps, dtype)):
+            same = torch.equal(decode_resident(k_all, v_all, T + i, near, *new),
+                               decode_offloaded(cache, 0, far, *new))
+            if not same or cache.resident_tokens() > cache.bound:
+                raise RuntimeError(f"at {T} tokens step {i} differs, or passes the bound")
+        a, b, rates = per_step(near.seconds, cfg), per_step(far.seconds, cfg), hit_rates(cache)
+        print(f"| {T:,} | {cache.resident_tokens():,} | {cache.bound:,} | {rates[0]:.1%} | {rates[1]:.1%} "
+              f"| {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)
+
+
+def million(options: argparse.Namespace) -> None:
+    cfg, dtype, T, layers = HiPConfig(), torch.bfloat16, options.tokens[0], options.layers
+    cache = OffloadedKVCache((layers, 1, HKV, T + options.steps, D), H, cfg, dtype, store="disk",
+                             folder=options.folder)
+    started = time.perf_counter()
+    for layer in tqdm(range(layers), desc="fill", unit="layer", leave=False):
+        fill(cache, layer, T, dtype)
+    filled = time.perf_counter()
+    new = [decoding(layer, T, options.steps, dtype) for layer in range(layers)]
+    decoders, outputs = [Decoder(cfg) for _ in range(layers)], {0: [], layers - 1: []}
+    for i in tqdm(range(options.steps), desc="decode", unit="step", leave=False):
+        for layer in range(layers):
+            o = decode_offloaded(cache, layer, decoders[layer], *new[layer][i])
+            outputs.get(layer, []).append(o)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    step = sum(per_step(decoder.seconds, cfg) for decoder in decoders)
+    rates = hit_rates(cache)
+    print(f"{T:,} tokens in {layers} layers: file of {cache.store.nbytes / 1e9:.1f} GB filled in "
+          f"{filled - started:.0f} s; {options.steps} steps at {step:.0f} ms for all layers; on the device "
+          f"{cache.resident_tokens():,} tokens of a layer and head (bound {cache.bound:,}); found there "
+          f"{rates[0]:.1%} of the search's and {rates[1]:.1%} of attention's pages; peak memory of the process "
+          f"{peak / 1e9:.2f} GB")
+    for layer, found in outputs.items():
+        k_all, v_all = resident(layer, T, options.steps, dtype)
+        decoder = Decoder(cfg)
+        same = [torch.equal(found[i], decode_resident(k_all, v_all, T + i, decoder, *new[layer][i]))
+                for i in range(options.steps)]
+        print(f"layer {layer}: {sum(same)} of {len(same)} steps equal the all-resident ones bit for bit")
+        if not all(same):
+            sys.exit(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("table", "million"))
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths (8k to 1M; 1M)")
+    parser.add_argument("--layers", type=int, default=30, help="of million (%(default)s)")
+    parser.add_argument("--steps", type=int, default=32, help="decoding steps (%(default)s)")
+    parser.add_argument("--store", choices=("host", "disk"), default="host", help="of table (%(default)s)")
+    parser.add_argument("--folder", help="for the file on disk (the system's temporary folder)")
+    options = parser.parse_args()
+    lengths = [2**n for n in range(13, 21)] if options.what == "table" else [1_000_000]
+    options.tokens = options.tokens or lengths
+    try:
+        (table if options.what == "table" else million)(options)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"offload.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
