@@ -66,6 +66,7 @@ class HiPConfig:
     sink: int = 16  # first tokens, always attended to
     window: int = 256  # latest positions that a query always sees, itself included
     representative: str = "center"  # block that stands for a stretch: "center", "first" or "last"
+    rope_clip: int | None = None  # the farthest that positions tell apart; None: any distance (`products`)
     # read by the model, not by the functions of this file
     dense_layers: int = 0
     refresh_interval: int = 8  # decoding steps
@@ -88,6 +89,8 @@ class HiPConfig:
         check(self.block_k % self.stride_k == 0, "stride_k", f"a divisor of block_k={self.block_k}")
         check(self.representative in ("center", "first", "last"), "representative", "center, first or last")
         check(isinstance(self.memory, bool), "memory", "True or False")
+        check(self.rope_clip is None or type(self.rope_clip) is int and self.rope_clip >= 1, "rope_clip",
+              "None or a whole number of at least 1")
 
     @property
     def budget(self) -> int:  # M
@@ -99,6 +102,9 @@ class Selection(NamedTuple):
 
     blocks: torch.Tensor  # (B, H, NQ, M) int32, chosen key blocks, ascending, then -1
     window_start: torch.Tensor  # (NQ,) int64, position at which the window begins
+
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin of each position's D / 2 angles: (rows, D / 2) float32
 
 
 # --- positions and pieces ----------------------------------------------------------------------------------
@@ -123,6 +129,14 @@ def query_blocks(q: torch.Tensor, cfg: HiPConfig) -> torch.Tensor:
     first = q[:, :, (NQ - 1) * R :][:, :, :1]
     q = torch.cat([q, first.expand(-1, -1, NQ * R - Tq, -1)], 2) if Tq % R else q
     return q.unflatten(2, (NQ, R)).flatten(0, 2)
+
+
+def row_positions(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device) -> torch.Tensor:
+    """Positions (NQ, R) of the rows of `query_blocks`."""
+    R = min(cfg.block_q, Tq)
+    first = torch.arange(Tk - Tq, Tk, R, device=device)[:, None]
+    own = first + torch.arange(R, device=device)
+    return own.where(own < Tk, first)
 
 
 class Blocks:
@@ -185,13 +199,55 @@ def number(heads: int, NQ: int, device: torch.device) -> tuple[torch.Tensor, tor
 # --- scores ------------------------------------------------------------------------------------------------
 
 
-def block_scores(q: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
-                 blocks: torch.Tensor) -> torch.Tensor:
-    """Score of key blocks (G, C), the largest q . k of strided keys with query rows (G, D, R): (G, C)."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (..., D), float32: the halves of a head are the coordinates of D / 2 points."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def products(q: torch.Tensor, k: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, cfg: HiPConfig,
+             rope: Rope | None) -> torch.Tensor:
+    """q . k of rows (G, R, D) at positions own (G, R) and keys (G, L, D) at tokens (G, L): (G, R, L) float32.
+
+    rope: None when q and k are rotated already.  Else they are not, and each pair is set at the distance
+    min(own - token, rope_clip), so that no model meets a distance that it was not trained for (the rule of
+    ReRoPE; not in the paper).  Nearer pairs are rotated by their positions, counted from where the first
+    query's near keys begin; for all others the query alone is turned, by rope_clip.
+    """
+    if rope is None:
+        return q @ k.transpose(1, 2)
+    (cos, sin), clip = rope, cfg.rope_clip
+    start, L = own.amin(1, keepdim=True) - clip, k.shape[1]  # up to start (G, 1) a key is far from every row
+    near = (tokens > start).any(0)  # (L,) in some pair
+    far = (tokens <= own.amax(1, keepdim=True) - clip).any(0)
+    # keys stand in order, but for padding: first those that are only far, then both, then only near
+    number = torch.arange(1, L + 1, device=q.device)
+    near_start, far_end = L - int((near * number.flip(0)).amax()), int((far * number).amax())
+    s = q.new_empty(*q.shape[:2], L)
+    if far_end > 0:
+        s[..., :far_end] = rotate(q, cos[clip], sin[clip]) @ k[:, :far_end].transpose(1, 2)
+    if near_start < L:
+        at = own - start.clamp(min=0)
+        at_k = (tokens[:, near_start:] - start.clamp(min=0)).clamp(0, len(cos) - 1)
+        nearby = rotate(k[:, near_start:], cos[at_k], sin[at_k]).transpose(1, 2)
+        nearby = rotate(q, cos[at], sin[at]) @ nearby
+        both = slice(near_start, max(near_start, far_end))
+        distant = own[:, :, None] - tokens[:, None, both] >= clip
+        distant = F.pad(distant, (0, L - both.stop))  # behind them all are near
+        s[..., near_start:] = s[..., near_start:].where(distant, nearby)
+    return s
+
+
+def block_scores(q: torch.Tensor, own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
+                 blocks: torch.Tensor, cfg: HiPConfig, rope: Rope | None) -> torch.Tensor:
+    """Score of key blocks (G, C), the largest product of strided keys and query rows (G, R, D): (G, C)."""
     (G, C), scores = blocks.shape, []
-    for g in pieces(G, PIECE_BYTES // (4 * C * k.block // k.stride * q.shape[1]), q.device):
+    in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=q.device)
+    for g in pieces(G, PIECE_BYTES // (4 * C * len(in_block) * q.shape[2]), q.device):
         (keys,) = k.take(head[g], blocks[g])  # (G, C, keys, D)
-        scores.append((keys.flatten(1, 2).float() @ q[g]).view(*blocks[g].shape, -1).amax(-1))
+        tokens = (blocks[g, :, None] * cfg.block_k + in_block).flatten(1)
+        s = products(q[g], keys.flatten(1, 2).float(), own[g], tokens, cfg, rope)  # (G, R, C * keys)
+        scores.append(s.amax(1).view(*blocks[g].shape, -1).amax(-1))
     return finite(torch.cat(scores))
 
 
@@ -247,12 +303,14 @@ def merge(blocks: torch.Tensor, scores: torch.Tensor, M: int) -> torch.Tensor:
     return blocks.gather(1, best(scores, M)).sort(dim=-1).values
 
 
-def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
-                  previous: Selection | None = None) -> Selection:
+def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
+                  rope: Rope | None = None) -> Selection:
     """Choose up to M key blocks for every query block, by tree search.  (Paper section 3, Alg. 1)
 
     q: (B, H, Tq, D), k: (B, Hkv, Tk, D); float32, float16 or bfloat16; scores are taken in float32.
     previous: an earlier selection with the same B, H and NQ; its blocks stay candidates.
+    rope: with cfg.rope_clip, cos and sin of positions 0, 1, ...: (rows, D / 2) float32 each, as many rows as
+    keys, of which rope_clip + block_q suffice; q and k are then not rotated yet.
 
     Returns a Selection.  Raises ValueError when shapes, dtypes or devices do not fit together.
     The selection of a block sees all of the block's queries, later ones too, but no later key or value.
@@ -262,21 +320,23 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
     """
     check_inputs(q, k)
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
     lo, hi = domain(Tq, Tk, cfg, q.device)
     NQ, M = len(hi), cfg.budget
     if previous is not None:
         check_selection(previous, B, H, NQ, "previous")
     rows = query_blocks(q, cfg)[:, :: cfg.stride_q]
+    own = row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q]
     keys = key_blocks(H, cfg.block_k, cfg.stride_k, k)
     out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
     if int(hi.max()) == lo:  # sink and window cover everything
         return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
     heads, index = number(B * H, NQ, q.device)
     for g in pieces(len(out), 64, q.device):
-        head, i, b_q = heads[g], index[g], rows[g].float().transpose(1, 2).contiguous()
+        head, i, b_q = heads[g], index[g], rows[g].float()
 
-        def score(blocks, b_q=b_q, head=head):
-            return block_scores(b_q, keys, head, blocks)
+        def score(blocks, b_q=b_q, head=head, i=i):
+            return block_scores(b_q, own[i], keys, head, blocks, cfg, rope)
 
         blocks, scores = search(score, lo, hi[i] - lo, cfg)
         if previous is not None:
@@ -288,24 +348,29 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
     return Selection(out.masked_fill_(out == NO_BLOCK, -1).view(B, H, NQ, M), hi * cfg.block_k)
 
 
-def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig) -> Selection:
+def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
+                  rope: Rope | None = None) -> Selection:
     """The exact best M blocks by the search's own block score: what `select_blocks` aims at, in O(T^2).
 
     Arguments, result and errors as `select_blocks`.
     """
     check_inputs(q, k)
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
     _, hi = domain(Tq, Tk, cfg, q.device)
     blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
-    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].float().unflatten(0, (B * H, len(hi))).transpose(2, 3)
+    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].float().unflatten(0, (B * H, len(hi)))
+    own = row_positions(Tq, Tk, cfg, q.device)[:, None, :: cfg.stride_q].expand(-1, B * H, -1)
     scores = torch.empty(B * H, len(hi), blocks, device=q.device)
     for c in pieces(blocks, 256, q.device):
-        n = c.stop - c.start
-        keys = k.narrow(2, c.start * cfg.block_k, n * cfg.block_k).unflatten(2, (n, cfg.block_k))
+        tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
+        keys = k.narrow(2, c.start * cfg.block_k, len(tokens)).unflatten(2, (-1, cfg.block_k))
         keys = keys[..., :: cfg.stride_k, :].flatten(2, 3).float()
-        keys = keys.repeat_interleave(H // k.shape[1], 1).flatten(0, 1)  # (B * H, n * keys, D)
+        keys = keys.repeat_interleave(H // k.shape[1], 1).flatten(0, 1)  # (B * H, keys, D)
+        tokens = tokens.view(-1, cfg.block_k)[:, :: cfg.stride_k].flatten().expand(B * H, -1)
         for i in range(len(hi)):
-            scores[:, i, c] = (keys @ rows[:, i]).view(B * H, n, -1).amax(-1)
+            s = products(rows[:, i], keys, own[i], tokens, cfg, rope).amax(1)  # (B * H, keys)
+            scores[:, i, c] = s.view(B * H, c.stop - c.start, -1).amax(-1)
     return best_of_domain(finite(scores).view(B, H, len(hi), blocks), Tq, Tk, cfg)
 
 
@@ -337,12 +402,12 @@ def best_of_domain(scores: torch.Tensor, Tq: int, Tk: int, cfg: HiPConfig) -> Se
 
 
 def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
-                     *, scale: float | None = None) -> torch.Tensor:
+                     *, scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
     """Exact attention over sink, selected blocks and window.  (Paper section 3.2, block sparse attention)
 
     q: (B, H, Tq, D); k, v: (B, Hkv, Tk, D); one dtype.  scale: factor on q . k, default D ** -0.5.
     selection: from `select_blocks`, `oracle_blocks` or `random_blocks`, or an earlier one: the window then
-    reaches from its own window_start to the query, however long that has become.
+    reaches from its own window_start to the query, however long that has become.  rope: as `select_blocks`.
 
     Returns (B, H, Tq, D) in q's dtype; scores and softmax are float32.  ValueError when inputs do not fit.
     """
@@ -350,13 +415,13 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
     NQ, R = -(-Tq // cfg.block_q), min(cfg.block_q, Tq)
     check_selection(selection, B, H, NQ, "selection")
+    check_rope(rope, q, Tk, R, cfg)
     scale, device = D**-0.5 if scale is None else scale, q.device
     rows, past = query_blocks(q, cfg), key_blocks(H, cfg.block_k, 1, k, v)
     lo, M = -(-cfg.sink // cfg.block_k), selection.blocks.shape[3]
     in_block = torch.arange(cfg.block_k, device=device)
-    own = torch.arange(Tk - Tq, Tk - Tq + NQ * R, device=device).view(NQ, R)  # position of each query row
-    first = selection.window_start // cfg.block_k
-    longest = int((own[:, -1].clamp(max=Tk - 1) // cfg.block_k + 1 - first).max())
+    own, first = row_positions(Tq, Tk, cfg, device), selection.window_start // cfg.block_k
+    longest = int((own.amax(1) // cfg.block_k + 1 - first).max())
     window = torch.arange(max(0, longest), device=device)
     sink = torch.arange(lo, device=device)
 
@@ -368,7 +433,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
         tokens = (blocks[..., None] * cfg.block_k + in_block).flatten(1)  # (G, L) positions looked at
         b_k, b_v = (x.flatten(1, 2) for x in past.take(head, blocks))  # (G, L, D)
-        s = rows[g].float() * scale @ b_k.float().transpose(1, 2)  # (G, R, L)
+        s = products(rows[g].float() * scale, b_k.float(), own[i], tokens, cfg, rope)  # (G, R, L)
         # causal mask: only for the window, unless a short text's sink reaches into it
         masked = (lo + M) * cfg.block_k if int((own[i, 0] - selection.window_start[i]).min()) >= 0 else 0
         later = tokens[:, None, masked:] > own[i][:, :, None]
@@ -380,37 +445,39 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     return out.view(B, H, NQ * R, D)[:, :, :Tq]
 
 
-def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | Paged, *,
-                    scale: float | None = None) -> torch.Tensor:
+def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | Paged, cfg: HiPConfig, *,
+                    scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
     """Causal attention over everything, a run of keys at a time, so that not all need be near at once.
 
-    Equals `dense_attention` but for rounding; for a prompt's tail and for dense layers beside an offloaded
-    cache.
+    Equals `dense_attention` but for rounding, and can clip positions; for a prompt's tail and dense layers.
+    Arguments as `sparse_attention`; rope needs rope_clip + Tq rows, if there are as many keys.
     """
     check_inputs(q, k, v)
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    q = q.unflatten(1, (Hkv, -1)).flatten(2, 3).float()  # (B, Hkv, rows, D)
+    check_rope(rope, q, Tk, Tq, cfg)
+    q = q.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float()  # (B * Hkv, rows, D)
     q = q * (D**-0.5 if scale is None else scale)
-    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv)[:, None]  # (rows, 1) position
+    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(len(q), -1)  # (B * Hkv, rows)
     o, total, top = torch.zeros_like(q), 0.0, torch.full_like(q[..., :1], -math.inf)
     for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
-        n = piece.stop - piece.start
-        s = q @ k.narrow(2, piece.start, n).float().transpose(2, 3)  # (B, Hkv, rows, n)
+        tokens = torch.arange(piece.start, piece.stop, device=q.device)
+        b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
+        s = products(q, b_k, own, tokens.expand(len(q), -1), cfg, rope)  # (B * Hkv, rows, n)
         if piece.stop > Tk - Tq:
-            s.masked_fill_(torch.arange(piece.start, piece.stop, device=q.device) > own, -math.inf)
+            s.masked_fill_(tokens > own[..., None], -math.inf)
         highest = torch.maximum(top, s.amax(-1, keepdim=True))
         p, shrink, top = (s - highest).exp_(), (top - highest).exp(), highest
-        o = o * shrink + p @ v.narrow(2, piece.start, n).float()
+        o = o * shrink + p @ b_v
         total = total * shrink + p.sum(-1, keepdim=True)
-    return (o / total).to(v.dtype).unflatten(2, (-1, Tq)).flatten(1, 2)
+    return (o / total).to(v.dtype).view(B, H, Tq, D)
 
 
 def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
                   selection: Selection | None = None, *, scale: float | None = None,
-                  ) -> tuple[torch.Tensor, Selection]:
+                  rope: Rope | None = None) -> tuple[torch.Tensor, Selection]:
     """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
-    selection = select_blocks(q, k, cfg) if selection is None else selection
-    return sparse_attention(q, k, v, selection, cfg, scale=scale), selection
+    selection = select_blocks(q, k, cfg, rope=rope) if selection is None else selection
+    return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
@@ -461,6 +528,22 @@ def check_inputs(q: torch.Tensor, *kv: torch.Tensor) -> None:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, not {x.dtype} on {x.device}")
     if len({x.shape for x in kv}) > 1:
         raise ValueError(f"k and v must have one shape, not {tuple(kv[0].shape)} and {tuple(kv[1].shape)}")
+
+
+def check_rope(rope: Rope | None, q: torch.Tensor, Tk: int, rows: int, cfg: HiPConfig) -> None:
+    """rows: queries whose distances are measured together."""
+    if (rope is None) != (cfg.rope_clip is None):
+        raise ValueError("rope must be given with rope_clip, and only then; "
+                         f"rope_clip is {cfg.rope_clip} here")
+    if rope is None:
+        return
+    half, wanted = q.shape[3] // 2, min(Tk, cfg.rope_clip + rows)
+    for x in rope:
+        if x.ndim != 2 or x.shape[1] != half or len(x) < wanted or x.dtype != torch.float32 or q.shape[3] % 2:
+            raise ValueError(f"rope must be cos and sin, each ({wanted} or more, {half}) float32, not "
+                             f"{tuple(x.shape)} {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"rope must be on {q.device} like q, not on {x.device}")
 
 
 def check_selection(selection: Selection, B: int, H: int, NQ: int, name: str) -> None:

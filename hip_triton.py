@@ -394,7 +394,8 @@ def tiles(D: int, dtype: torch.dtype) -> dict:
     """Keys of a tile and warps of a program, by head size and dtype: small enough that no register spills."""
     BLOCK_D = triton.next_power_of_2(D)
     if dtype == torch.float32:  # no matrix units: products keep their operands in registers
-        return dict(BLOCK_D=BLOCK_D, TILE=16, num_warps=4 if BLOCK_D < 128 else 8, num_stages=1)
+        tile, warps = 32 if BLOCK_D == 32 else 16, 4 if BLOCK_D < 128 else 8
+        return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=1)
     tile, warps = (64, 4) if BLOCK_D < 128 else (32, 4) if BLOCK_D < 256 else (32, 8)
     return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=2)
 

@@ -389,9 +389,7 @@ class Llama:
         dense: this piece attends densely whatever the context's method (the prompt's tail).
         """
         start, context.length = context.length, context.length + tokens.shape[1]
-        position = torch.arange(start, context.length, device=self.device).float()
-        angle = position[:, None] * self.frequencies  # (T, D / 2)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = self.rope(start, context.length)
         x = F.embedding(tokens, self.weights["embed_tokens.weight"])  # (B, T, C)
         for i in range(self.config.layers):
             attn, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
@@ -401,12 +399,19 @@ class Llama:
             if self.config.family == "qwen3":
                 q, k = self.norm(attn + "q_norm", q), self.norm(attn + "k_norm", k)
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or Hkv, T, D)
-            o = context.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v, dense)  # (B, H, T, D)
+            if context.cfg.rope_clip is None:  # else it is done to what attention gathers
+                q, k = (hip.rotate(y, cos, sin).to(y.dtype) for y in (q, k))
+            o = context.attend(i, q, k, v, dense)  # (B, H, T, D)
             x = x + self.linear(attn + "o_proj", o.transpose(1, 2).flatten(2))
             h = self.norm(f"layers.{i}.post_attention_layernorm", x)
             h = F.silu(self.linear(mlp + "gate_proj", h)) * self.linear(mlp + "up_proj", h)
             x = x + self.linear(mlp + "down_proj", h)
         return self.norm("norm", x)
+
+    def rope(self, start: int, end: int) -> hip.Rope:
+        """cos and sin of positions start to end - 1: (positions, D / 2) float32 each."""
+        angle = torch.arange(start, end, device=self.device).float()[:, None] * self.frequencies
+        return angle.cos(), angle.sin()
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -417,12 +422,6 @@ class Llama:
 def rope_frequencies(theta: float, head_size: int) -> torch.Tensor:
     """Angle by which each pair of a head turns from one position to the next: (D / 2,) float32."""
     return theta ** (-torch.arange(0, head_size, 2).float() / head_size)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (B, H, T, D): the halves of a head are the two coordinates of D / 2 points."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 # --- one reading of one text -------------------------------------------------------------------------------
@@ -441,6 +440,8 @@ class Context:
                  kernels: ModuleType = hip, batch: int = 1, offload: dict | None = None):
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        if method == "dense":
+            cfg = replace(cfg, rope_clip=None)  # a second score matrix for all pairs; HiP needs it for few
         if method == "streaming":
             cfg = replace(cfg, window=cfg.window + cfg.top_k, dense_layers=0)
         self.model, self.cfg, self.method, self.kernels, c = model, cfg, method, kernels, model.config
@@ -455,6 +456,7 @@ class Context:
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
         self.length = 0  # tokens read
+        self.rope = None  # with rope_clip, the rotary table, as long as needed so far
         self.decoded = None  # decoding steps done; None while a prompt is read
         self.tail: list[torch.Tensor | None] = [None] * c.layers  # the prompt's last queries
         self.selection: list[Selection | None] = [None] * c.layers
@@ -491,6 +493,8 @@ class Context:
             self.k[layer, :, :, self.length - T : self.length] = k
             self.v[layer, :, :, self.length - T : self.length] = v
             k, v = self.k[layer, :, :, : self.length], self.v[layer, :, :, : self.length]
+        if cfg.rope_clip is not None and (self.rope is None or len(self.rope[0]) < cfg.rope_clip + T):
+            self.rope = self.model.rope(0, cfg.rope_clip + max(T, cfg.block_q))
         causal = T * self.length - T * (T - 1) // 2
         self.dense_scores += causal
         if self.method == "hip" and cfg.memory and self.decoded is None:
@@ -499,17 +503,19 @@ class Context:
             self.tail[layer] = tail[:, :, -MEMORY_QUERIES:].clone()  # not a view that keeps all of q alive
         if dense or self.method == "dense" or layer < cfg.dense_layers:
             self.scores += causal
-            return (hip.dense_attention if self.method == "dense" else hip.dense_by_pieces)(q, k, v)
+            if self.method == "dense":
+                return hip.dense_attention(q, k, v)
+            return hip.dense_by_pieces(q, k, v, cfg, rope=self.rope)
         searched = self.method == "hip" and (self.decoded is None or self.decoded % cfg.refresh_interval == 0)
         if searched:
-            keys = self.search_keys(layer, self.length)
-            self.selection[layer] = self.kernels.select_blocks(q, keys, cfg, self.previous(layer))
+            keys, previous = self.search_keys(layer, self.length), self.previous(layer)
+            self.selection[layer] = self.kernels.select_blocks(q, keys, cfg, previous, rope=self.rope)
         elif self.method == "streaming":
             _, hi = hip.domain(T, self.length, cfg, q.device)
             none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
             self.selection[layer] = Selection(none, hi * cfg.block_k)
         self.scores += hip.count_scores(T, self.length, self.selection[layer], cfg, searched)
-        return self.kernels.sparse_attention(q, k, v, self.selection[layer], cfg)
+        return self.kernels.sparse_attention(q, k, v, self.selection[layer], cfg, rope=self.rope)
 
     def search_keys(self, layer: int, tokens: int) -> torch.Tensor | Paged:
         """The layer's first `tokens` keys for the search: (B, Hkv, tokens, D)."""
@@ -526,7 +532,7 @@ class Context:
             return self.selection[layer]
         tail, self.tail[layer] = self.tail[layer], None
         cfg = replace(self.cfg, block_q=max(self.cfg.block_q, MEMORY_QUERIES))  # all of them one query block
-        return hip.oracle_blocks(tail, self.search_keys(layer, self.length - 1), cfg)
+        return hip.oracle_blocks(tail, self.search_keys(layer, self.length - 1), cfg, rope=self.rope)
 
 
 def generate(context: Context, hidden: torch.Tensor, max_new_tokens: int, eos: set[int],
