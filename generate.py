@@ -60,6 +60,10 @@ def make_passkey(tokenizer: Tokenizer, tokens: int, depth: float = 0.5, seed: in
     return text(bisect.bisect(range(tokens), False, key=lambda n: not fits(n)) - 1), key
 
 
+def tokens_or_off(text: str) -> int | str:
+    return text if text == "off" else int(text)
+
+
 def arguments() -> argparse.ArgumentParser:
     def refuse(message: str):  # argparse's own way prints the usage as well
         raise ValueError(f"{message} (--help lists all options)")
@@ -105,6 +109,9 @@ def arguments() -> argparse.ArgumentParser:
     }.items():
         add("--" + name.replace("_", "-"), metavar="N", type=int, default=getattr(HiPConfig, name),
             help=text + " (%(default)s)")
+    add("--rope-clip", metavar="N|off", type=tokens_or_off,
+        help="positions tell query and key apart up to N tokens (half of what the model was trained to read, "
+             "where prompt and answer are longer than that; else off)")
     add("--no-memory", action="store_false", dest="memory", help="forget what the end of the prompt chose")
     return parser
 
@@ -136,8 +143,11 @@ def run(options: argparse.Namespace) -> None:
     ):
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(options, name)}")
+    if options.rope_clip is not None and options.attention == "dense":
+        raise ValueError("--rope-clip works with every --attention but dense")
     names = [f.name for f in dataclasses.fields(HiPConfig) if hasattr(options, f.name)]
-    cfg = HiPConfig(**{name: getattr(options, name) for name in names})
+    chosen = {name: getattr(options, name) for name in names}
+    cfg = HiPConfig(**chosen | ({"rope_clip": None} if options.rope_clip == "off" else {}))
     if options.prefill_chunk < 1 or options.prefill_chunk % cfg.block_q:
         raise ValueError(f"--prefill-chunk must be a multiple of {cfg.block_q}, not {options.prefill_chunk}")
     offload = None
@@ -166,9 +176,13 @@ def run(options: argparse.Namespace) -> None:
     tokens = tokenizer.encode(text, bool(tokenizer.template) if options.chat is None else options.chat)
     if not tokens:
         raise ValueError("the model's tokenizer makes no token of the prompt")
-    if len(tokens) + options.max_new_tokens > model.config.context:
-        print(f"warning: {len(tokens)} prompt tokens and {options.max_new_tokens} new ones are more than the "
-              f"{model.config.context} that the model was trained to read", file=sys.stderr)
+    trained = model.config.context
+    if len(tokens) + options.max_new_tokens > trained:
+        if options.rope_clip is None and method != "dense":
+            cfg = dataclasses.replace(cfg, rope_clip=max(1, trained // 2))
+        remedy = "expect nonsense" if cfg.rope_clip is None else f"positions are clipped at {cfg.rope_clip}"
+        print(f"note: {len(tokens)} prompt tokens and {options.max_new_tokens} new ones are more than the "
+              f"{trained} that the model was trained to read: {remedy}", file=sys.stderr)
 
     started = time.perf_counter()
     context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels, offload=offload)
@@ -205,8 +219,8 @@ def run(options: argparse.Namespace) -> None:
              "peak memory {peak_memory_gb} GB")
     if context.cache:
         words += ("; of {stored_tokens} stored tokens at most {resident_tokens} on the device (bound "
-                  "{resident_bound}), {moved_gb} GB moved; decoding found {search_hit_rate:.1%} of the search's "
-                  "pages and {attention_hit_rate:.1%} of attention's there")
+                  "{resident_bound}), {moved_gb} GB moved; decoding found there {search_hit_rate:.1%} of the "
+                  "search's pages and {attention_hit_rate:.1%} of attention's")
     print(json.dumps(summary) if options.json else words.format(**summary), file=sys.stderr)
 
 

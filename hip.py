@@ -201,8 +201,11 @@ def number(heads: int, NQ: int, device: torch.device) -> tuple[torch.Tensor, tor
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of (..., D), float32: the halves of a head are the coordinates of D / 2 points."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    (a, b), o = x.float().chunk(2, -1), torch.empty(x.shape, device=x.device)
+    first, second = o.chunk(2, -1)  # written in place: torch.cat is 20 times slower here
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return o
 
 
 def products(q: torch.Tensor, k: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, cfg: HiPConfig,
@@ -223,19 +226,19 @@ def products(q: torch.Tensor, k: torch.Tensor, own: torch.Tensor, tokens: torch.
     # keys stand in order, but for padding: first those that are only far, then both, then only near
     number = torch.arange(1, L + 1, device=q.device)
     near_start, far_end = L - int((near * number.flip(0)).amax()), int((far * number).amax())
-    s = q.new_empty(*q.shape[:2], L)
+    parts = []
     if far_end > 0:
-        s[..., :far_end] = rotate(q, cos[clip], sin[clip]) @ k[:, :far_end].transpose(1, 2)
+        parts.append(rotate(q, cos[clip], sin[clip]) @ k[:, :far_end].transpose(1, 2))
     if near_start < L:
-        at = own - start.clamp(min=0)
-        at_k = (tokens[:, near_start:] - start.clamp(min=0)).clamp(0, len(cos) - 1)
-        nearby = rotate(k[:, near_start:], cos[at_k], sin[at_k]).transpose(1, 2)
-        nearby = rotate(q, cos[at], sin[at]) @ nearby
-        both = slice(near_start, max(near_start, far_end))
-        distant = own[:, :, None] - tokens[:, None, both] >= clip
-        distant = F.pad(distant, (0, L - both.stop))  # behind them all are near
-        s[..., near_start:] = s[..., near_start:].where(distant, nearby)
-    return s
+        zero = start.clamp(min=0)
+        at, at_k = own - zero, (tokens[:, near_start:] - zero).clamp(0, len(cos) - 1)
+        turn = (x.index_select(0, at_k.flatten()).unflatten(0, at_k.shape) for x in rope)
+        parts.append(rotate(q, cos[at], sin[at]) @ rotate(k[:, near_start:], *turn).transpose(1, 2))
+    if len(parts) == 1:
+        return parts[0]
+    distant, n = own[:, :, None] - tokens[:, None, near_start:far_end] >= clip, far_end - near_start
+    both = parts[0][..., near_start:].where(distant, parts[1][..., :n])
+    return torch.cat([parts[0][..., :near_start], both, parts[1][..., n:]], -1)
 
 
 def block_scores(q: torch.Tensor, own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,

@@ -1331,6 +1331,10 @@ BAD = {
     "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
     "resident_tokens must be at least 32": ["--prompt", "a", "--offload", "host", "--resident-tokens", 9],
     "GB of host memory: too much": ["--prompt", "a", "--offload", "host", "--max-new-tokens", 10**15],
+    "--rope-clip works with every --attention but dense":
+        ["--prompt", "a", "--rope-clip", 9, "--attention", "dense"],
+    "rope_clip must be None or a whole number of at least 1": ["--prompt", "a", "--rope-clip", 0],
+    "--rope-clip: invalid tokens_or_off value: 'far'": ["--prompt", "a", "--rope-clip", "far"],
     "the device nowhere cannot": ["--prompt", "a", "--device", "nowhere"],
     "needs 768000000.0 GB": ["--prompt", "a", "--dtype", "float32", "--max-new-tokens", 10**15],
     "no such path": ["--prompt", "a", "--model", "nothing"],
@@ -1352,7 +1356,7 @@ def test_a_prompt_file_that_is_no_text_is_refused(run, tmp_path):
 
 def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(run, monkeypatch):
     status, text, err = run("--prompt", "the cat", "--max-new-tokens", 5)
-    assert status == 0 and "5 prompt tokens at " in err and "5 new ones" in err and "warning" not in err
+    assert status == 0 and "5 prompt tokens at " in err and "5 new ones" in err and "note" not in err
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"the cat")))
     status, same, err = run("--prompt-file", "-", "--max-new-tokens", 5, "--json", "--attention", "dense")
     summary = json.loads(err.strip().splitlines()[-1].split("\r")[-1])
@@ -1383,9 +1387,19 @@ def test_a_passkey_prompt_is_printed_as_it_is_and_its_answer_beside_it(run, fold
     assert 670 < len(load(str(folder))[1].encode(text)) <= 700 and err.strip()[-5:] in text
 
 
-def test_a_prompt_longer_than_the_trained_context_is_read_with_a_warning(run):
-    status, _, err = run("--prompt", "a" * 600, "--max-new-tokens", 2)
-    assert status == 0 and "warning: 600 prompt tokens and 2 new ones are more than the 512" in err
+def test_a_prompt_longer_than_the_trained_context_is_read_with_clipped_positions(run, monkeypatch):
+    clips = []
+    monkeypatch.setattr(command, "Context", lambda *a, **b: clips.append(a[2].rope_clip) or Context(*a, **b))
+    for arguments, clip, words in (
+        ([], 256, "positions are clipped at 256"), (["--rope-clip", 99], 99, "positions are clipped at 99"),
+        (["--rope-clip", "off"], None, "expect nonsense"), (["--offload", "host"], 256, "clipped at 256"),
+        (["--attention", "dense"], None, "expect nonsense"), (["--attention", "streaming"], 256, "at 256"),
+    ):
+        status, _, err = run("--prompt", "a" * 600, "--max-new-tokens", 2, *arguments)
+        assert (status, clips.pop()) == (0, clip) and words in err
+        assert "note: 600 prompt tokens and 2 new ones are more than the 512 that the model was trained" in err
+    run("--prompt", "a" * 500, "--max-new-tokens", 12), run("--prompt", "a", "--rope-clip", 9)
+    assert clips == [None, 9]
 
 
 def start(folder, *arguments):
