@@ -126,8 +126,9 @@ def query_blocks(q: torch.Tensor, cfg: HiPConfig) -> torch.Tensor:
     Tq = q.shape[2]
     R = min(cfg.block_q, Tq)
     NQ = -(-Tq // R)
-    first = q[:, :, (NQ - 1) * R :][:, :, :1]
-    q = torch.cat([q, first.expand(-1, -1, NQ * R - Tq, -1)], 2) if Tq % R else q
+    if Tq % R:
+        first = q[:, :, (NQ - 1) * R, None]
+        q = torch.cat([q, first.expand(-1, -1, NQ * R - Tq, -1)], 2)
     return q.unflatten(2, (NQ, R)).flatten(0, 2)
 
 
@@ -418,6 +419,8 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
     NQ, R = -(-Tq // cfg.block_q), min(cfg.block_q, Tq)
     check_selection(selection, B, H, NQ, "selection")
+    if (selection.window_start % cfg.block_k).any():
+        raise ValueError(f"selection must have windows that begin with a block of {cfg.block_k} tokens")
     check_rope(rope, q, Tk, R, cfg)
     scale, device = D**-0.5 if scale is None else scale, q.device
     rows, past = query_blocks(q, cfg), key_blocks(H, cfg.block_k, 1, k, v)

@@ -249,6 +249,8 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         sparse_attention(
             q, k, k, Selection(torch.zeros(1, 4, 2, 4, dtype=torch.int32), torch.zeros(2).long()), cfg
         )
+    with pytest.raises(ValueError, match="selection must have windows that begin with a block of 16 tokens"):
+        sparse_attention(q, k, k, Selection(torch.zeros(1, 4, 1, 4).int(), torch.tensor([3])), cfg)
     with pytest.raises(ValueError, match="previous must"):
         select_blocks(q, k, cfg, select_blocks(q[:, :2], k, cfg))
 
@@ -1397,7 +1399,7 @@ def test_a_prompt_longer_than_the_trained_context_is_read_with_clipped_positions
     ):
         status, _, err = run("--prompt", "a" * 600, "--max-new-tokens", 2, *arguments)
         assert (status, clips.pop()) == (0, clip) and words in err
-        assert "note: 600 prompt tokens and 2 new ones are more than the 512 that the model was trained" in err
+        assert "note: 600 prompt tokens and 2 new ones are more than the 512 that the model was" in err
     run("--prompt", "a" * 500, "--max-new-tokens", 12), run("--prompt", "a", "--rope-clip", 9)
     assert clips == [None, 9]
 
