@@ -669,6 +669,28 @@ class Paged:
         return x.view(B, H, length, D)
 
 
+def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tuple:
+    """All that one query block looks at as plain tensors: (k, v, selection), for kernels that want these.
+
+    Sink, the blocks of every query head of the group, window: in this order, so that a kernel meets the same
+    tokens at the same places as in the whole cache.  selection: with NQ = 1.
+    """
+    (B, Hkv, Tk, D), lo, start = k.shape, -(-cfg.sink // cfg.block_k), int(selection.window_start)
+    chosen = selection.blocks.view(B * Hkv, -1).long()  # (heads, group * M)
+    if start == lo * cfg.block_k:  # none: then sink and window stay at their places
+        chosen = chosen[:, :0]
+    device, behind = chosen.device, lo + chosen.shape[1]
+    window = torch.arange(start, max(start, Tk), cfg.block_k, device=device) // cfg.block_k
+    blocks = [torch.arange(lo, device=device).expand(len(chosen), -1), chosen.clamp(min=0)]
+    blocks = torch.cat([*blocks, window.expand(len(chosen), -1)], 1)
+    parts = k.bank.take(torch.arange(len(chosen), device=device), blocks.clamp(max=(Tk - 1) // cfg.block_k))
+    end = Tk + behind * cfg.block_k - start
+    k, v = (x.view(B, Hkv, -1, D)[:, :, :end] for x in parts)
+    place = lo + torch.arange(chosen.shape[1], dtype=torch.int32, device=device).expand_as(chosen)
+    place = place.where(chosen >= 0, -1).view(*selection.blocks.shape[:3], -1)
+    return k, v, Selection(place, torch.full_like(selection.window_start, behind * cfg.block_k))
+
+
 class OffloadedKVCache:
     """Keys and values of all layers in a store, and on the device only what is in use.  (Paper section 4)
 

@@ -14,6 +14,9 @@ Glossary.  Names as in hip.py: B, H, Hkv, Tq, Tk, D, NQ, M, N, and f, l for a no
     s_  the four strides of a (B, H, T, D) tensor        BLOCK_D  D rounded up to a power of two
 Capitals are compile-time constants.  Tq and Tk are not, so that a longer text compiles nothing anew.
 
+With CLIP (rope_clip, 0 for none) q and k come un-rotated, and a head is loaded as two halves, BLOCK_D / 2
+wide, because the points that rotary embedding turns are (d, d + D / 2).
+
 Layout is (B, H, T, D) with any strides.  Products accumulate in float32, float32 inputs multiply in full
 precision (IEEE, never tf32), and offsets have 64 bits.  Runs with Triton 3.6 to 3.9 on NVIDIA and AMD, and
 without a GPU in Triton's interpreter (TRITON_INTERPRET=1 set before the import; not in bfloat16).
@@ -25,7 +28,7 @@ import math
 
 import torch
 
-from hip import HiPConfig, Selection, check_inputs, check_selection, domain
+from hip import HiPConfig, Rope, Selection, check_inputs, check_rope, check_selection, domain
 
 try:
     import triton
@@ -36,6 +39,75 @@ except ImportError as e:
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 NO_BLOCK = tl.constexpr(2**31 - 1)  # sorts behind every block; leaves the kernel as -1
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # score of a real block whose products overflowed
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rotate(b_a, b_b, p_cos, p_sin, o_at, m_at):
+    """Halves of heads turned by entries o_at of the table, in float32 and back.  Equals hip.rotate."""
+    b_cos, b_sin = tl.load(p_cos + o_at, mask=m_at, other=1.0), tl.load(p_sin + o_at, mask=m_at, other=0.0)
+    b_x, b_y = b_a.to(tl.float32), b_b.to(tl.float32)
+    return (b_x * b_cos - b_y * b_sin).to(b_a.dtype), (b_y * b_cos + b_x * b_sin).to(b_a.dtype)
+
+
+@triton.jit
+def load_queries(p_q, s_q, o_row, o_own, m_r, p_cos, p_sin, CLIP: tl.constexpr, D: tl.constexpr,
+                 BLOCK_D: tl.constexpr):
+    """Rows o_row (R,) at positions o_own (R,), as a tuple for `products`.
+
+    Without CLIP that is b_q (R, BLOCK_D) alone.  Else both halves turned for near keys, both turned for far
+    ones, positions, the last that is far from every row, the last row's own, and the table.
+    Masks: m_r (R,) rows to load, the padding of D.
+    """
+    if CLIP == 0:
+        o_d = tl.arange(0, BLOCK_D)
+        p = p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3]
+        b_q = (tl.load(p, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0),)
+    else:
+        o_d = tl.arange(0, BLOCK_D // 2)
+        m_q = m_r[:, None] & (o_d < D // 2)[None, :]
+        p = p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3]
+        b_a, b_b = tl.load(p, mask=m_q, other=0.0), tl.load(p + D // 2 * s_q[3], mask=m_q, other=0.0)
+        start = tl.min(tl.where(m_r, o_own, NO_BLOCK)) - CLIP
+        o_at = (o_own - tl.maximum(start, 0)).to(tl.int64)[:, None] * (D // 2) + o_d[None, :]
+        o_clip = tl.full([1, 1], CLIP, tl.int64) * (D // 2) + o_d[None, :]
+        near_a, near_b = rotate(b_a, b_b, p_cos, p_sin, o_at, m_q)
+        far_a, far_b = rotate(b_a, b_b, p_cos, p_sin, o_clip, m_q)
+        last = tl.max(tl.where(m_r, o_own, -1))
+        b_q = (near_a, near_b, far_a, far_b, o_own, start, last, p_cos, p_sin)
+    return b_q
+
+
+@triton.jit
+def products(b_q, p_k, s_k, o_t, m_t, CLIP: tl.constexpr, D: tl.constexpr):
+    """q . k of the rows of `load_queries` and keys o_t (T,): (R, T) float32.  Equals hip.products.
+
+    With CLIP a tile that is wholly near or wholly far costs one product, not two.  Masks: m_t (T,) keys to
+    load, all others count as 0; the padding of D; rows of the table that near keys need.
+    """
+    if CLIP == 0:
+        o_d = tl.arange(0, b_q[0].shape[1]).to(tl.int64)
+        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
+        b_k = tl.load(p, mask=m_t[None, :] & (o_d < D)[:, None], other=0.0)  # (D, T)
+        b_s = tl.dot(b_q[0], b_k, input_precision="ieee")
+    else:
+        near_a, near_b, far_a, far_b, o_own, start, last, p_cos, p_sin = b_q
+        o_d = tl.arange(0, near_a.shape[1]).to(tl.int64)
+        m_k = m_t[None, :] & (o_d < D // 2)[:, None]
+        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
+        b_a, b_b = tl.load(p, mask=m_k, other=0.0), tl.load(p + D // 2 * s_k[3], mask=m_k, other=0.0)
+        b_s = tl.zeros([near_a.shape[0], o_t.shape[0]], tl.float32)
+        if tl.min(tl.where(m_t, o_t, NO_BLOCK)) <= last - CLIP:
+            b_s = tl.dot(far_b, b_b, tl.dot(far_a, b_a, input_precision="ieee"), input_precision="ieee")
+        if tl.max(tl.where(m_t, o_t, -1)) > start:
+            o_at = (o_t - tl.maximum(start, 0)).to(tl.int64)[None, :] * (D // 2) + o_d[:, None]
+            m_at = m_k & ((o_t > start) & (o_t <= last))[None, :]
+            b_ta, b_tb = rotate(b_a, b_b, p_cos, p_sin, o_at, m_at)
+            b_n = tl.dot(near_b, b_tb, tl.dot(near_a, b_ta, input_precision="ieee"), input_precision="ieee")
+            b_s = tl.where(o_own[:, None] - o_t[None, :] < CLIP, b_n, b_s)
+    return b_s
 
 
 # --- the search --------------------------------------------------------------------------------------------
@@ -58,18 +130,17 @@ def best(b_score, o_position, KEEP: tl.constexpr):
 
 
 @triton.jit
-def score_blocks(b_q, p_k, s_k, b_block, count, D: tl.constexpr, BLOCK_K: tl.constexpr,
+def score_blocks(b_q, p_k, s_k, b_block, count, CLIP: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
                  STRIDE_K: tl.constexpr, TILE: tl.constexpr):
     """Scores of the first `count` of b_block (C,); -inf where it is -1 or further back: hip.block_scores.
 
     TILE keys at a time, so that registers do not grow with the number of nodes.  Masks: m_s blocks to look at
-    (a domain ends before the keys do, so none can overrun), m_d the padding of D.
+    (a domain ends before the keys do, so none can overrun).
     """
     C: tl.constexpr = b_block.shape[0]
     KEYS: tl.constexpr = BLOCK_K // STRIDE_K
     SHARE: tl.constexpr = TILE // KEYS  # blocks of one tile
-    o_c, o_d, o_in = tl.arange(0, C), tl.arange(0, b_q.shape[1]), tl.arange(0, KEYS) * STRIDE_K
-    m_d = o_d < D
+    o_c, o_in = tl.arange(0, C), tl.arange(0, KEYS) * STRIDE_K
     b_score = tl.full([C], float("-inf"), tl.float32)
     for i in range(0, count, SHARE):
         o_s = i + tl.arange(0, SHARE)
@@ -77,9 +148,7 @@ def score_blocks(b_q, p_k, s_k, b_block, count, D: tl.constexpr, BLOCK_K: tl.con
         m_s = (o_s < count) & (b_s >= 0)
         m_t = tl.reshape(tl.broadcast_to(m_s[:, None], SHARE, KEYS), TILE)
         o_t = tl.reshape(b_s[:, None] * BLOCK_K + o_in[None, :], TILE)
-        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None].to(tl.int64) * s_k[3]
-        b_k = tl.load(p, mask=m_t[None, :] & m_d[:, None], other=0.0)  # (D, TILE)
-        b_s = tl.max(tl.dot(b_q, b_k, input_precision="ieee"), 0)  # (TILE,) best row of each key
+        b_s = tl.max(products(b_q, p_k, s_k, o_t, m_t, CLIP, D), 0)  # (TILE,) best row of each key
         b_s = tl.max(tl.reshape(b_s, SHARE, KEYS), 1)
         b_s = tl.where(m_s, tl.maximum(b_s, LOWEST), float("-inf"))
         b_score = tl.where(o_c // SHARE == i // SHARE, tl.gather(b_s, o_c % SHARE, 0), b_score)
@@ -94,30 +163,30 @@ def widen(b_x, W: tl.constexpr, fill):
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
-def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.constexpr, HKV: tl.constexpr,
-                  D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE_Q: tl.constexpr,
-                  STRIDE_K: tl.constexpr, LO: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
-                  N: tl.constexpr, PREVIOUS: tl.constexpr, REPRESENTATIVE: tl.constexpr, ROWS: tl.constexpr,
-                  BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+def search_kernel(p_q, p_k, p_previous, p_blocks, p_cos, p_sin, s_q, s_k, Tq, Tk, H: tl.constexpr,
+                  HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr, BLOCK_Q: tl.constexpr,
+                  BLOCK_K: tl.constexpr, STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, LO: tl.constexpr,
+                  WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PREVIOUS: tl.constexpr,
+                  REPRESENTATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+                  TILE: tl.constexpr):
     """Choose M blocks by tree search.  Equals hip.select_blocks (search_rows, search and merge).
 
     Grid (NQ, H, B); a program owns one query block of one query head, with all of its rounds.  p_previous:
     (B, H, NQ, PREVIOUS) blocks, PREVIOUS = 0 for none; p_blocks: (B, H, NQ, M); int32, contiguous.
-    Masks: m_r rows that exist (others stand for row 0 once more, which changes no maximum), m_d the padding
-    of D, m_p previous blocks of this domain.  Scores are float32, compared as integers (sort_key).
+    Masks: m_r rows that exist (others stand for row 0 once more, which changes no maximum), m_p previous
+    blocks of this domain.  Scores are float32, compared as integers (sort_key).
     """
     i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_g = (i_b * H + i_h).to(tl.int64) * tl.num_programs(0) + i_n
     p_q += i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
     p_k += i_b.to(tl.int64) * s_k[0] + (i_h // (H // HKV)).to(tl.int64) * s_k[1]
 
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    o_r = tl.arange(0, ROWS)
     o_row = i_n * BLOCK_Q + o_r * STRIDE_Q
     m_r = (o_r < BLOCK_Q // STRIDE_Q) & (o_row < Tq)
     o_row = tl.where(m_r, o_row, i_n * BLOCK_Q)
-    p_q += o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3]
-    b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
+    m_all = tl.full([ROWS], 1, tl.int1)
+    b_q = load_queries(p_q, s_q, o_row, o_row + Tk - Tq, m_all, p_cos, p_sin, CLIP, D, BLOCK_D)
 
     start = Tk - Tq + i_n * BLOCK_Q  # position of the block's first query
     hi = tl.maximum((start - WINDOW + 1) // BLOCK_K, LO)
@@ -141,7 +210,7 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.conste
         # in the last round the right half is the block that spoke for the node: its score is known
         known = (REPRESENTATIVE == "center") & (r > 0) & (r == rounds - 1)
         count = tl.where(known, N, 2 * N)
-        b_new = score_blocks(b_q, p_k, s_k, b_block, count, D, BLOCK_K, STRIDE_K, TILE)  # l. 9-10
+        b_new = score_blocks(b_q, p_k, s_k, b_block, count, CLIP, D, BLOCK_K, STRIDE_K, TILE)  # l. 9-10
         b_old = tl.where(b_block >= 0, tl.gather(b_score, o_c % N, 0), float("-inf"))
         b_new = tl.where(o_c < count, b_new, b_old)
         o_keep = best(b_new, o_c % N * 2 + o_c // N, N)  # Alg. 1, l. 11
@@ -157,7 +226,7 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.conste
         b_old = tl.load(p_previous + i_g * PREVIOUS + o_p, mask=o_p < PREVIOUS, other=-1)
         m_p = (b_old >= LO) & (b_old < hi)
         b_old = tl.where(m_p, b_old, -1)
-        b_new = score_blocks(b_q, p_k, s_k, b_old, O, D, BLOCK_K, STRIDE_K, TILE)
+        b_new = score_blocks(b_q, p_k, s_k, b_old, O, CLIP, D, BLOCK_K, STRIDE_K, TILE)
         b_old = widen(tl.where(m_p, b_old, NO_BLOCK), W, NO_BLOCK)
         b_block = tl.reshape(tl.join(widen(b_block, W, NO_BLOCK), b_old), 2 * W)
         b_new = widen(b_new, W, float("-inf"))
@@ -173,12 +242,13 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, s_q, s_k, Tq, Tk, H: tl.conste
     tl.store(p_blocks + i_g * M + tl.arange(0, M), tl.where(b_block == NO_BLOCK, -1, b_block))
 
 
-def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
-                  previous: Selection | None = None) -> Selection:
+def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
+                  rope: Rope | None = None) -> Selection:
     """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`."""
     check_inputs(q, k)
     check_device(q, previous or (), "previous")
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
     hi = domain(Tq, Tk, cfg, q.device)[1]
     blocks = torch.empty(B, H, len(hi), cfg.budget, dtype=torch.int32, device=q.device)
     old = blocks[..., :0]
@@ -186,9 +256,14 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
         check_selection(previous, B, H, len(hi), "previous")
         old = previous.blocks.int().contiguous()
     with torch.cuda.device_of(q):
-        search_kernel[(len(hi), H, B)](q, k, old, blocks, q.stride(), k.stride(), Tq, Tk,
-                                  **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3]))
+        search_kernel[(len(hi), H, B)](q, k, old, blocks, *table(rope), q.stride(), k.stride(), Tq, Tk,
+                                       **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3]))
     return Selection(blocks, hi * cfg.block_k)
+
+
+def table(rope: Rope | None) -> tuple[torch.Tensor | None, ...]:
+    """The arguments p_cos and p_sin of the kernels."""
+    return (None, None) if rope is None else tuple(x.contiguous() for x in rope)
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -211,34 +286,32 @@ def count_chosen(p_blocks, BLOCK_K: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D: tl.constexpr):
+def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP: tl.constexpr,
+           D: tl.constexpr):
     """Add tokens o_t (T,) to a running softmax: maximum b_m (R,), sum b_l (R,), weighted values b_acc (R, D).
 
     Masks: m_t (T,) tokens to load, all others count as 0; m_s (R, T) pairs of query and token that exist; the
     padding of D.  scale: the softmax's, times log2(e).
     """
-    o_d, o_t = tl.arange(0, b_q.shape[1]).to(tl.int64), o_t.to(tl.int64)
-    m_d = o_d < D
-    p = p_k + o_t[None, :] * s_k[2] + o_d[:, None] * s_k[3]
-    b_k = tl.load(p, mask=m_t[None, :] & m_d[:, None], other=0.0)
-    b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale
+    b_s = products(b_q, p_k, s_k, o_t, m_t, CLIP, D) * scale
     b_s = tl.where(m_s, b_s, float("-inf"))
     b_new = tl.maximum(b_m, tl.max(b_s, 1))
     b_top = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row without a token yet
     b_p = tl.exp2(b_s - b_top[:, None])
     b_old = tl.exp2(b_m - b_top)
     b_l = b_l * b_old + tl.sum(b_p, 1)
-    p = p_v + o_t[:, None] * s_v[2] + o_d[None, :] * s_v[3]
-    b_v = tl.load(p, mask=m_t[:, None] & m_d[None, :], other=0.0)
+    o_d = tl.arange(0, b_acc.shape[1]).to(tl.int64)
+    p = p_v + o_t[:, None].to(tl.int64) * s_v[2] + o_d[None, :] * s_v[3]
+    b_v = tl.load(p, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision="ieee")
     return b_acc, b_new, b_l
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
-def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, s_q, s_k, s_v, Tq, Tk, scale, H: tl.constexpr,
-                     HKV: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                     SINK: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-                     TILE: tl.constexpr):
+def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, p_cos, p_sin, s_q, s_k, s_v, Tq, Tk, scale,
+                     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr,
+                     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, M: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
     """Attention over selected blocks, sink and window.  Equals hip.sparse_attention.
 
     Grid (NQ * PARTS, H, B); a program owns ROWS rows of one query block of one head, 1 / PARTS of the block.
@@ -259,29 +332,30 @@ def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, s_q, s_k, s_v, Tq, T
     o_row = i_n * BLOCK_Q + o_in
     m_r, m_d = (o_in < BLOCK_Q) & (o_row < Tq), o_d < D
     m_q = m_r[:, None] & m_d[None, :]
-    b_q = tl.load(p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3], mask=m_q, other=0.0)
+    o_own = o_row + Tk - Tq  # position of each query
+    b_q = load_queries(p_q, s_q, o_row, o_own, m_r, p_cos, p_sin, CLIP, D, BLOCK_D)
     b_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_m, b_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    o_own = o_row + Tk - Tq  # position of each query
     end = tl.max(tl.where(m_r, o_own, -1)) + 1
 
     for x in range(0, count_chosen(p_blocks, BLOCK_K, M), TILE):
         o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_t[None, :], scale, D)
+        m_s = m_t[None, :]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
     start = tl.load(p_start + i_n).to(tl.int32)
     for x in range(0, SINK + tl.maximum(end - start, 0), TILE):
         o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
         m_t, m_s = o_t < end, o_t[None, :] <= o_own[:, None]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
     p_o += (i_g * Tq + o_row[:, None]) * D + o_d[None, :]
     tl.store(p_o, (b_acc / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_q)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
-def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, s_q, s_k, s_v, Tq, Tk, scale,
-                 H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
-                 SINK: tl.constexpr, M: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, p_cos, p_sin, s_q, s_k, s_v, Tq, Tk, scale,
+                 H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr,
+                 BLOCK_K: tl.constexpr, SINK: tl.constexpr, M: tl.constexpr, LOCAL: tl.constexpr,
+                 CHOSEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
     """A share of hip.sparse_attention for one query block of few rows: decoding.
 
     Grid (LOCAL + G * CHOSEN, Hkv, B), G = H / Hkv.  The first LOCAL programs of a KV head each own a share of
@@ -303,7 +377,8 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, s_q, s_k, s_v
     p_k += i_b.to(tl.int64) * s_k[0] + i_k.to(tl.int64) * s_k[1]
     p_v += i_b.to(tl.int64) * s_v[0] + i_k.to(tl.int64) * s_v[1]
 
-    b_q = tl.load(p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3], mask=m_q, other=0.0)
+    o_own = o_row + Tk - Tq
+    b_q = load_queries(p_q, s_q, o_row, o_own, m_r, p_cos, p_sin, CLIP, D, BLOCK_D)
     b_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_m, b_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
 
@@ -312,15 +387,16 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, s_q, s_k, s_v
     last = tl.where(i_s < LOCAL, first, tl.minimum(first + share, M * BLOCK_K))
     for x in range(first, last, TILE):
         o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_t[None, :], scale, D)
+        m_s = m_t[None, :]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
     start = tl.load(p_start).to(tl.int32)
     length = SINK + tl.maximum(Tk - start, 0)
     share = tl.cdiv(tl.cdiv(length, LOCAL), TILE) * TILE
     last = tl.where(i_s < LOCAL, tl.minimum((i_s + 1) * share, length), 0)
     for x in range(i_s * share, last, TILE):
         o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
-        m_t, m_s = o_t < Tk, o_t[None, :] <= (o_row + Tk - Tq)[:, None]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, D)
+        m_t, m_s = o_t < Tk, o_t[None, :] <= o_own[:, None]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
     o_part = ((i_b * H + o_h).to(tl.int64) * Tq + o_row) * (LOCAL + CHOSEN)
     o_part += tl.where(i_s < LOCAL, i_s, LOCAL + i_c % CHOSEN)
     tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
@@ -348,40 +424,41 @@ def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr, BLOC
     tl.store(p_o + i_q * D + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
 
 
-def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection,
-                     cfg: HiPConfig, *, scale: float | None = None) -> torch.Tensor:
+def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
+                     *, scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
     """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`."""
     check_inputs(q, k, v)
     check_device(q, selection, "selection")
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
     NQ = -(-Tq // cfg.block_q)
     check_selection(selection, B, H, NQ, "selection")
+    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
     M, scale = blocks.shape[3], (D**-0.5 if scale is None else scale) / math.log(2)  # for powers of two
     o = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device)
-    strides = q.stride(), k.stride(), v.stride()
+    more = *table(rope), q.stride(), k.stride(), v.stride(), Tq, Tk, scale
     with torch.cuda.device_of(q):
         if NQ > 1 or H // Hkv * Tq > SPLIT_ROWS:
             constants = attention_constants(cfg, H, Hkv, D, q.dtype, M)
             grid = (NQ * -(-cfg.block_q // constants["ROWS"]), H, B)
-            attention_kernel[grid](q, k, v, blocks, start, o, *strides, Tq, Tk, scale, **constants)
+            attention_kernel[grid](q, k, v, blocks, start, o, *more, **constants)
             return o
         constants = split_constants(cfg, H, Hkv, D, q.dtype, M, Tq)
         LOCAL, CHOSEN = constants["LOCAL"], constants["CHOSEN"]
         shape = (B, H, Tq, LOCAL + CHOSEN)
         part, stat = (torch.empty(*shape, n, dtype=torch.float32, device=q.device) for n in (D, 2))
         split_kernel[(LOCAL + H // Hkv * CHOSEN, Hkv, B)](
-            q, k, v, blocks, start, part, stat, *strides, Tq, Tk, scale, **constants)
+            q, k, v, blocks, start, part, stat, *more, **constants)
         merge_kernel[(B * H * Tq,)](part, stat, o, **merge_constants(D, LOCAL + CHOSEN))
     return o
 
 
 def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
                   selection: Selection | None = None, *, scale: float | None = None,
-                  ) -> tuple[torch.Tensor, Selection]:
+                  rope: Rope | None = None) -> tuple[torch.Tensor, Selection]:
     """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
-    selection = select_blocks(q, k, cfg) if selection is None else selection
-    return sparse_attention(q, k, v, selection, cfg, scale=scale), selection
+    selection = select_blocks(q, k, cfg, rope=rope) if selection is None else selection
+    return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
 
 
 # --- launch configurations ---------------------------------------------------------------------------------
@@ -406,10 +483,10 @@ def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtyp
     sizes = tiles(D, dtype) | (dict(TILE=32, num_warps=1, num_stages=3) if small else {})
     sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
     rows = max(16, triton.next_power_of_2(cfg.block_q // cfg.stride_q))
-    return dict(H=H, HKV=Hkv, D=D, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k, STRIDE_Q=cfg.stride_q,
-                STRIDE_K=cfg.stride_k, LO=-(-cfg.sink // cfg.block_k), WINDOW=cfg.window, M=cfg.budget,
-                N=cfg.beam * cfg.budget, PREVIOUS=previous, REPRESENTATIVE=cfg.representative, ROWS=rows,
-                **sizes)
+    return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
+                STRIDE_Q=cfg.stride_q, STRIDE_K=cfg.stride_k, LO=-(-cfg.sink // cfg.block_k),
+                WINDOW=cfg.window, M=cfg.budget, N=cfg.beam * cfg.budget, PREVIOUS=previous,
+                REPRESENTATIVE=cfg.representative, ROWS=rows, **sizes)
 
 
 def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int) -> dict:
@@ -417,14 +494,14 @@ def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.d
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
     most = 64 if dtype != torch.float32 else 32 if D <= 64 else 16
     rows = min(most, max(16, cfg.block_q))
-    return dict(H=H, HKV=Hkv, D=D, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k, SINK=sink, M=M, ROWS=rows,
-                **tiles(D, dtype))
+    return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
+                SINK=sink, M=M, ROWS=rows, **tiles(D, dtype))
 
 
 def split_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int, Tq: int) -> dict:
     """Constants and options of split_kernel; M: blocks of the selection."""
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
-    return dict(H=H, HKV=Hkv, D=D, BLOCK_K=cfg.block_k, SINK=sink, M=M,
+    return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_K=cfg.block_k, SINK=sink, M=M,
                 LOCAL=triton.cdiv(sink + cfg.window + cfg.block_k, SPLIT_TOKENS),
                 CHOSEN=triton.cdiv(M * cfg.block_k, SPLIT_TOKENS),
                 ROWS=max(16, triton.next_power_of_2(H // Hkv * Tq)), **tiles(D, dtype))

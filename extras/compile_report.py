@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ TARGETS = {  # name: target, shared memory of one program
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = ("search", "attention", "split", "merge")
+KERNELS = ("search", "attention", "split", "merge", "search-rope", "attention-rope", "split-rope")
 OPTIONS = ("num_warps", "num_stages")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
@@ -65,8 +66,9 @@ class Row(NamedTuple):
 
 
 def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, Hkv: int = 3):
-    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors."""
-    M = cfg.budget
+    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors; -rope: clipped."""
+    kernel, rope, _ = kernel.partition("-rope")
+    cfg, M = replace(cfg, rope_clip=4096 if rope else None), cfg.budget
     constants = {
         "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, M),
         "attention": lambda: hip_triton.attention_constants(cfg, H, Hkv, D, dtype, M),
@@ -76,7 +78,9 @@ def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, 
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     fn = getattr(hip_triton, f"{kernel}_kernel")
     plain = {"p_start": "*i64", "p_part": "*fp32", "p_stat": "*fp32"}
-    plain |= {"p_blocks": "*i32", "p_previous": "*i32"}
+    plain |= {"p_blocks": "*i32", "p_previous": "*i32", "p_cos": "*fp32", "p_sin": "*fp32"}
+    if not rope:
+        constants |= {name: None for name in ("p_cos", "p_sin") if name in fn.arg_names}
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants:

@@ -2,6 +2,7 @@
 
     python extras/offload.py table                          # 8k to 1M tokens, one layer, host memory
     python extras/offload.py million --folder DIR           # 30 layers, 23 GB in a file in DIR
+    python extras/offload.py table --device cuda --tokens 32768 131072 524288 --store disk
 
 Attention alone, 9 query and 3 key/value heads, D 64, on synthetic keys with locality: between anchors drawn
 every 64 tokens keys change gradually, plus noise; a query resembles one anchor, or the last query.  Each step
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hip import HiPConfig, OffloadedKVCache, select_blocks, sparse_attention  # noqa: E402
+import hip  # noqa: E402
+from hip import HiPConfig, OffloadedKVCache  # noqa: E402
 
 H, HKV, D, CHUNK, ANCHOR = 9, 3, 64, 8192, 64
 
@@ -64,15 +66,22 @@ def decoding(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[tu
 class Decoder:
     """Decoding steps of one layer over some cache: a selection every refresh_interval steps, remembered."""
 
-    def __init__(self, cfg: HiPConfig):
-        self.cfg, self.selection, self.step, self.seconds = cfg, None, 0, []
+    def __init__(self, cfg: HiPConfig, device: str):
+        self.cfg, self.selection, self.step, self.seconds, self.kernels = cfg, None, 0, [], hip
+        self.wait = lambda: None
+        if device.startswith("cuda"):
+            import hip_triton
+
+            self.kernels, self.wait = hip_triton, torch.cuda.synchronize
 
     def __call__(self, q, append, search_keys, keys, values) -> torch.Tensor:
+        self.wait()
         started = time.perf_counter()
         append()
         if self.step % self.cfg.refresh_interval == 0:
-            self.selection = select_blocks(q, search_keys(), self.cfg, self.selection)
-        o = sparse_attention(q, keys(), values(), self.selection, self.cfg)
+            self.selection = self.kernels.select_blocks(q, search_keys(), self.cfg, self.selection)
+        o = self.kernels.sparse_attention(q, keys(), values(), self.selection, self.cfg)
+        self.wait()
         self.step += 1
         self.seconds.append(time.perf_counter() - started)
         return o
@@ -112,16 +121,17 @@ def hit_rates(cache: OffloadedKVCache) -> list[float]:
 
 
 def table(options: argparse.Namespace) -> None:
-    cfg, dtype = HiPConfig(), torch.float32
+    cfg, dtype = HiPConfig(), torch.float32 if options.device == "cpu" else torch.bfloat16
     print("| tokens | on the device | bound | search hits | attention hits | resident ms | offloaded ms "
           "| ratio |\n" + "| --- " * 8 + "|")
     for T in options.tokens:
-        cache = OffloadedKVCache((1, 1, HKV, T + options.steps, D), H, cfg, dtype, store=options.store,
-                                 folder=options.folder)
+        shape = 1, 1, HKV, T + options.steps, D
+        cache = OffloadedKVCache(shape, H, cfg, dtype, options.device, options.store, options.folder)
         fill(cache, 0, T, dtype)
-        k_all, v_all = resident(0, T, options.steps, dtype)
-        near, far = Decoder(cfg), Decoder(cfg)
+        k_all, v_all = (x.to(options.device) for x in resident(0, T, options.steps, dtype))
+        near, far = Decoder(cfg, options.device), Decoder(cfg, options.device)
         for i, new in enumerate(decoding(0, T, options.steps, dtype)):
+            new = [x.to(options.device) for x in new]
             same = torch.equal(decode_resident(k_all, v_all, T + i, near, *new),
                                decode_offloaded(cache, 0, far, *new))
             if not same or cache.resident_tokens() > cache.bound:
@@ -140,7 +150,7 @@ def million(options: argparse.Namespace) -> None:
         fill(cache, layer, T, dtype)
     filled = time.perf_counter()
     new = [decoding(layer, T, options.steps, dtype) for layer in range(layers)]
-    decoders, outputs = [Decoder(cfg) for _ in range(layers)], {0: [], layers - 1: []}
+    decoders, outputs = [Decoder(cfg, "cpu") for _ in range(layers)], {0: [], layers - 1: []}
     for i in tqdm(range(options.steps), desc="decode", unit="step", leave=False):
         for layer in range(layers):
             o = decode_offloaded(cache, layer, decoders[layer], *new[layer][i])
@@ -151,11 +161,11 @@ def million(options: argparse.Namespace) -> None:
     print(f"{T:,} tokens in {layers} layers: file of {cache.store.nbytes / 1e9:.1f} GB filled in "
           f"{filled - started:.0f} s; {options.steps} steps at {step:.0f} ms for all layers; on the device "
           f"{cache.resident_tokens():,} tokens of a layer and head (bound {cache.bound:,}); found there "
-          f"{rates[0]:.1%} of the search's and {rates[1]:.1%} of attention's pages; peak memory of the process "
-          f"{peak / 1e9:.2f} GB")
+          f"{rates[0]:.1%} of the search's and {rates[1]:.1%} of attention's pages; peak memory of the "
+          f"process {peak / 1e9:.2f} GB")
     for layer, found in outputs.items():
         k_all, v_all = resident(layer, T, options.steps, dtype)
-        decoder = Decoder(cfg)
+        decoder = Decoder(cfg, "cpu")
         same = [torch.equal(found[i], decode_resident(k_all, v_all, T + i, decoder, *new[layer][i]))
                 for i in range(options.steps)]
         print(f"layer {layer}: {sum(same)} of {len(same)} steps equal the all-resident ones bit for bit")
@@ -164,12 +174,14 @@ def million(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("table", "million"))
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths (8k to 1M; 1M)")
     parser.add_argument("--layers", type=int, default=30, help="of million (%(default)s)")
     parser.add_argument("--steps", type=int, default=32, help="decoding steps (%(default)s)")
     parser.add_argument("--store", choices=("host", "disk"), default="host", help="of table (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of table (%(default)s)")
     parser.add_argument("--folder", help="for the file on disk (the system's temporary folder)")
     options = parser.parse_args()
     lengths = [2**n for n in range(13, 21)] if options.what == "table" else [1_000_000]
