@@ -1,88 +1,511 @@
-"""Measure what HiP costs in quality on the real model: perplexity of a natural text, and the passkey task.
+"""Measure what HiP costs in quality on the real model, and what each of its parts contributes.
 
-    python extras/evaluate.py perplexity --tokens 8192
-    python extras/evaluate.py passkey --tokens 4000 8000
+    python extras/evaluate.py perplexity --tokens 8192       # of CPython's language reference, by position
+    python extras/evaluate.py decoding --tokens 8192         # the same of its last tokens, read one at a time
+    python extras/evaluate.py passkey --tokens 4000 8000     # length x depth, and a heat map
+    python extras/evaluate.py needles --tokens 4000 8000     # several, asked for late, changed since
+    python extras/evaluate.py coverage --tokens 8192         # recall and attention mass, by layer and head
+    python extras/evaluate.py perplexity --sweep             # hip with other settings; or --sweep top_k
 
-Each prints a Markdown table; any field of HiPConfig can be set (`--set stride_q=2 beam=1`).
+    # past the trained length: four ways in one table
+    python extras/evaluate.py perplexity --tokens 16384 32768 \\
+        --methods dense dense-ntk streaming:rope_clip=768 hip:rope_clip=4096
+
+Prints Markdown tables, or --json.  Each result is kept in --out as soon as it is there, so that a command
+goes on where it was interrupted.  METHODS below names the methods; `hip:beam=1,top_k=256` is one of them with
+other fields of HiPConfig.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import itertools
+import json
+import math
+import random
 import sys
 import time
-from pathlib import Path
-from pydoc_data.topics import topics  # CPython's own language reference: long natural text on any machine
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
+import measuring
 import torch
 import torch.nn.functional as F
+from measuring import kernels_for, table
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from generate import make_passkey  # noqa: E402
-from hip import HiPConfig  # noqa: E402
-from model import METHODS, Context, Llama, Tokenizer, generate, load  # noqa: E402
+import hip
+from generate import FILLER, NEEDLE, OPENING, QUESTION
+from hip import HiPConfig, Selection
+from model import Context, Llama, Tokenizer, load
 
 TEXT_START = 20_000  # tokens of the text that are skipped
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+ROWS = 64  # queries of a sample of `coverage`: one query block
 
 
-def perplexity(model: Llama, tokens: list[int], cfg: HiPConfig, method: str = "hip") -> float:
-    """exp of the mean loss per token when the text is read as one prompt."""
-    text, loss, start = torch.tensor([tokens], device=model.device), 0.0, 0
-    for hidden in Context(model, len(tokens), cfg, method).prefill(text):
+class OutOfTime(Exception):
+    """A measurement has taken longer than --seconds."""
+
+
+# --- methods -----------------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """A way to attend: Context's method, fields of HiPConfig, and what stands in for the search."""
+
+    attention: str = "hip"
+    fields: dict = {}
+    select: Callable | None = None  # (kernels, q, k, cfg, previous) -> Selection
+    ntk: bool = False  # rotary frequencies stretched to the length
+
+
+def at_random(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
+    return hip.random_blocks(q, k, cfg)
+
+
+def exactly(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
+    return hip.oracle_blocks(q, k, cfg, **more)
+
+
+def from_memory(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
+    """Decoding: what the prompt's tail chose, for ever.  Without a memory, in a prompt: the search."""
+    if previous is None:
+        return kernels.select_blocks(q, k, cfg, **more)
+    return Selection(previous.blocks, hip.domain(q.shape[2], k.shape[2], cfg, q.device)[1] * cfg.block_k)
+
+
+def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
+    """As `from_memory`, but in a prompt nothing is chosen: sink and window, then the dense tail."""
+    if previous is None:
+        previous = hip.random_blocks(q, k, cfg)
+        previous = Selection(torch.full_like(previous.blocks, -1), previous.window_start)
+    return from_memory(kernels, q, k, cfg, previous)
+
+
+METHODS = {  # a new method is a line here
+    "dense": Method("dense"),
+    "hip": Method(),
+    "paper": Method(fields=dict(block_k=2, stride_q=2, beam=1, dense_layers=3, dense_tail=0, memory=False)),
+    "bare": Method(fields=dict(beam=1, dense_tail=0, memory=False)),  # the paper's search in blocks of 16
+    "streaming": Method("streaming"),
+    "random": Method(select=at_random),
+    "oracle": Method(select=exactly),
+    "snapshot": Method(select=from_memory),  # memory without search: decoding keeps to the tail's snapshot
+    # more, by name only
+    "snapshot-only": Method(select=tail_alone),
+    "no-memory": Method(fields=dict(memory=False)),
+    "no-tail": Method(fields=dict(dense_tail=0)),
+    "dense-ntk": Method("dense", ntk=True),
+    "hip-ntk": Method(ntk=True),
+}
+DEFAULT = list(METHODS)[:8]
+SWEEP = {
+    "top_k": (256, 1024), "block_k": (4, 8, 32), "stride_q": (1, 2, 8), "stride_k": (2, 4), "beam": (1, 4),
+    "representative": ("first", "last"), "dense_layers": (1, 3), "refresh_interval": (1, 4, 16),
+}
+
+
+def resolve(name: str, base: HiPConfig) -> tuple[Method, HiPConfig]:
+    """The method and the config that "hip" or "hip:beam=1,top_k=256" stands for."""
+    name, _, items = name.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"a method must be one of {', '.join(METHODS)}, not {name!r}")
+    cfg = measuring.configure(base, [f"{field}={value}" for field, value in METHODS[name].fields.items()])
+    return METHODS[name], measuring.configure(cfg, items.split(",") if items else [])
+
+
+def open_context(model: Llama, name: str, capacity: int, base: HiPConfig) -> Context:
+    """An empty context that attends by the method."""
+    torch.manual_seed(0)  # of the random blocks
+    method, cfg = resolve(name, base)
+    kernels = kernels_for(model.device.type)
+    if method.select:
+        kernels = SimpleNamespace(**vars(kernels) | {"select_blocks": partial(method.select, kernels)})
+    model = measuring.stretched(model, capacity) if method.ntk else model
+    return Context(model, capacity, cfg, method.attention, kernels)
+
+
+def read(context: Context, tokens: torch.Tensor, seconds: float) -> Iterator[torch.Tensor]:
+    """Read a prompt (1, T); yields hidden states chunk by chunk.  OutOfTime when that takes too long."""
+    started = time.monotonic()
+    with tqdm(total=tokens.shape[1], unit="token", leave=False) as bar:
+        for hidden in context.prefill(tokens):
+            bar.update(hidden.shape[1])
+            if time.monotonic() - started > seconds:
+                raise OutOfTime
+            yield hidden
+
+
+# --- perplexity --------------------------------------------------------------------------------------------
+
+
+def losses(context: Context, tokens: list[int], one_by_one: int, seconds: float) -> torch.Tensor:
+    """Loss of every token but the first, (T - 1,); the last `one_by_one` are read by decoding."""
+    text, start, parts = torch.tensor([tokens], device=context.model.device), 0, []
+    body = len(tokens) - one_by_one
+    steps = (context.decode(text[:, i : i + 1]) for i in range(body, len(tokens) - 1))
+    for hidden in itertools.chain(read(context, text[:, :body], seconds), steps):
         targets = text[0, start + 1 : start + 1 + hidden.shape[1]]
         start += hidden.shape[1]
         for h, t in zip(hidden[0, : len(targets)].split(1024), targets.split(1024), strict=True):
-            loss += float(F.cross_entropy(model.logits(h), t, reduction="sum"))
-    return float(torch.tensor(loss / (len(tokens) - 1)).exp())
+            parts.append(F.cross_entropy(context.model.logits(h), t, reduction="none").cpu())
+    return torch.cat(parts)
 
 
-def find_passkey(
-    model: Llama, tokenizer: Tokenizer, tokens: int, depth: float, cfg: HiPConfig, method: str
-) -> bool:
-    """Whether the model, reading and answering by `method`, names the five digits."""
-    text, key = make_passkey(tokenizer, tokens, depth, seed=round(100 * depth) + tokens)
-    prompt = tokenizer.encode(text)
-    context = Context(model, len(prompt) + 12, cfg, method)
-    *_, hidden = context.prefill(torch.tensor([prompt], device=model.device))
-    return key in tokenizer.fast.decode(list(generate(context, hidden, 12, tokenizer.eos)))
+def perplexity(context: Context, text: list[int], options: argparse.Namespace) -> dict:
+    """exp of the mean loss: of the whole text and of its segments, or of the last tokens alone."""
+    if options.measure == "decoding":
+        loss = losses(context, text, options.steps, options.seconds)[-options.steps :]
+        return {"perplexity": float(loss.mean().exp())}
+    loss = F.pad(losses(context, text, 0, options.seconds), (1, 0), value=math.nan)  # (T,)
+    return {"perplexity": float(loss.nanmean().exp()),
+            "segments": [float(x.nanmean().exp()) for x in loss.split(options.segment)]}
+
+
+# --- needles -----------------------------------------------------------------------------------------------
+
+# wordings that dense attention solves at 4,000 tokens, `several` nearly: with names of persons, ordinals
+# or things instead of cities this small model confuses them more
+CITIES = ("Paris", "London", "Tokyo")
+NUMBER = ("\nThe special magic number of {city} is {key}. Remember it. "
+          "{key} is the special magic number of {city}.\n")
+CHANGE = ("\nThe special magic number of {city} has changed. It is now {key}. Remember it. "
+          "{key} is now the special magic number of {city}.\n")
+ASK = "\n\nWhat is the special magic number of {city}{now}? The special magic number of {city}{now} is"
+OTHER = "\n\nWhat color is the sky? The sky is"
+ANSWER = 8  # tokens in which the five digits must come
+
+
+class Task(NamedTuple):
+    """What is hidden in a prompt, and what is asked about it."""
+
+    needles: list[tuple[float, str]]  # depth and text
+    end: str  # of the prompt
+    turns: list[tuple[int, str, str]]  # tokens that the model writes before, question, answer
+
+
+def passkey(depth: float, a: str, b: str, c: str) -> Task:
+    """One needle, asked for at the end of the prompt: what `generate.py --make-passkey` makes."""
+    return Task([(depth, NEEDLE.format(key=a))], QUESTION, [(0, "", a)])
+
+
+def several(depth: float, a: str, b: str, c: str) -> Task:
+    """Three needles, asked for one after another."""
+    needles = [NUMBER.format(city=city, key=key) for city, key in zip(CITIES, (a, b, c), strict=True)]
+    ask = [ASK.format(city=city, now="") for city in CITIES]
+    return Task([((depth + i / 3) % 1, needle) for i, needle in enumerate(needles)], ask[0],
+                [(0, "", a), (0, "." + ask[1], b), (0, "." + ask[2], c)])
+
+
+def late(depth: float, a: str, b: str, c: str) -> Task:
+    """A needle asked for when other text has been written, so that the prompt's tail cannot know of it."""
+    return Task([(depth, NEEDLE.format(key=a))], OTHER, [(16, QUESTION, a)])
+
+
+def changed(depth: float, a: str, b: str, c: str) -> Task:
+    """A value that changes; the last one counts."""
+    needles = [(depth / 2, NUMBER.format(city="Paris", key=a)), (depth, CHANGE.format(city="Paris", key=b))]
+    return Task(needles, ASK.format(city="Paris", now=" now"), [(0, "", b)])
+
+
+TASKS = {"passkey": passkey, "several": several, "late": late, "changed": changed}
+
+
+def haystack(tokenizer: Tokenizer, tokens: int, task: Task) -> list[int]:
+    """A prompt of `tokens` tokens, or a few less: the needles in as much filler as fits."""
+    def prompt(sentences: int) -> list[int]:
+        text = [FILLER[i % len(FILLER)] for i in range(sentences)]
+        for depth, needle in sorted(task.needles, reverse=True):  # from the end, or places would move
+            text.insert(round(depth * sentences), needle)
+        return tokenizer.encode(OPENING + " ".join(text) + task.end)
+
+    if len(prompt(0)) > tokens:
+        raise ValueError(f"--tokens must be at least {len(prompt(0))} for this task, not {tokens}")
+    return prompt(bisect.bisect(range(tokens), False, key=lambda n: len(prompt(n)) > tokens) - 1)
+
+
+def write(context: Context, hidden: torch.Tensor, tokenizer: Tokenizer, count: int, until: str = "",
+          ) -> tuple[str, torch.Tensor]:
+    """Continue greedily by `count` tokens, or up to a text: (what was written, hidden state)."""
+    ids, text = [], ""
+    while len(ids) < count and not (until and until in text):
+        ids.append(int(context.model.logits(hidden[0, -1]).argmax()))
+        hidden = context.decode(torch.tensor([ids[-1:]], device=hidden.device))
+        text = tokenizer.fast.decode(ids)
+    return text, hidden
+
+
+def find(model: Llama, tokenizer: Tokenizer, name: str, base: HiPConfig, tokens: int, depth: float,
+         task: str, trial: int, options: argparse.Namespace) -> dict:
+    """One trial of a task: which answers the model found, and what it said."""
+    dice = random.Random(round(100 * depth) + tokens + 1000 * trial)
+    plan = TASKS[task](depth, *(str(dice.randint(10000, 99999)) for _ in CITIES))
+    prompt = torch.tensor([haystack(tokenizer, tokens, plan)], device=model.device)
+    questions = [tokenizer.encode(question) if question else [] for _, question, _ in plan.turns]
+    room = sum(map(len, questions)) + sum(free + ANSWER for free, _, _ in plan.turns)
+    context, found, said = open_context(model, name, prompt.shape[1] + room, base), [], []
+    *_, hidden = read(context, prompt, options.seconds)
+    for (free, _, answer), question in zip(plan.turns, questions, strict=True):
+        _, hidden = write(context, hidden, tokenizer, free)
+        for token in question:
+            hidden = context.decode(torch.tensor([[token]], device=model.device))
+        text, hidden = write(context, hidden, tokenizer, ANSWER, answer)
+        found.append(answer in text)
+        said.append(text)
+    return {"found": found, "said": said}
+
+
+# --- coverage ----------------------------------------------------------------------------------------------
+
+
+def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
+    """Which positions one query block of each head may attend to, but for the causal mask: (H, Tk) bool."""
+    chosen, blocks = selection.blocks[0, :, 0].long(), -(-Tk // cfg.block_k)  # (H, M)
+    chosen = chosen.where(chosen >= 0, blocks)  # padding goes to a block behind the last
+    mask = torch.zeros(len(chosen), blocks + 1, device=chosen.device).scatter(1, chosen, 1).bool()
+    mask = mask[:, :blocks].repeat_interleave(cfg.block_k, 1)[:, :Tk]
+    mask[:, : -(-cfg.sink // cfg.block_k) * cfg.block_k] = True
+    mask[:, int(selection.window_start[0]) :] = True
+    return mask
+
+
+def covered(q: torch.Tensor, k: torch.Tensor, name: str, base: HiPConfig,
+            weight: torch.Tensor) -> torch.Tensor:
+    """Of one query block: share of the exact best blocks that the method finds, and of the mass.  (2, H)"""
+    method, cfg = resolve(name, base)
+    if method.attention == "streaming":  # as Context has it
+        method, cfg = METHODS["snapshot-only"], replace(cfg, window=cfg.window + cfg.top_k)
+    kernels = kernels_for(q.device.type)
+    chosen = (partial(method.select, kernels) if method.select else kernels.select_blocks)(q, k, cfg)
+    best = hip.oracle_blocks(q, k, cfg).blocks[0, :, 0]  # (H, M)
+    found = (best[:, :, None] == chosen.blocks[0, :, :1]).any(-1) & (best >= 0)
+    return torch.stack([found.sum(1) / (best >= 0).sum(1), (weight * seen(chosen, cfg, k.shape[2])).sum(1)])
+
+
+def coverage(model: Llama, text: list[int], names: list[str], base: HiPConfig,
+             options: argparse.Namespace) -> dict[str, dict]:
+    """Recall and mass by method, (layers, heads), the mean over query blocks in the text's second half.
+
+    The text is read densely, so that all methods choose for the same queries out of the same keys.
+    """
+    context, half = open_context(model, "dense", len(text), base), len(text) / 2
+    totals = {name: torch.zeros(2, model.config.layers, model.config.heads) for name in names}
+    at = [int(half * (1 + (i + 0.5) / options.samples)) // ROWS * ROWS for i in range(options.samples)]
+
+    def see(layer: int, q: torch.Tensor, _k, _v) -> None:
+        start = context.length - q.shape[2]
+        for p in (p for p in at if start <= p and p + ROWS <= context.length):
+            b_q, b_k = q[:, :, p - start :][:, :, :ROWS], context.k[layer, :, :, : p + ROWS]
+            every = b_k[0].repeat_interleave(q.shape[1] // b_k.shape[1], 0).float()
+            s = b_q[0].float() @ every.transpose(1, 2) * q.shape[3] ** -0.5  # (H, R, Tk)
+            s[:, :, -ROWS:] += torch.full((ROWS, ROWS), -math.inf, device=q.device).triu(1)
+            weight = s.softmax(-1).mean(1)  # (H, Tk)
+            for name in names:
+                totals[name][:, layer] += covered(b_q, b_k, name, base, weight).cpu() / len(at)
+
+    measuring.watch(context, see)
+    for _ in read(context, torch.tensor([text], device=model.device), options.seconds):
+        pass
+    return {name: {"recall": x[0].tolist(), "mass": x[1].tolist()} for name, x in totals.items()}
+
+
+# --- tables and pictures -----------------------------------------------------------------------------------
+
+
+def show_perplexity(records: dict, options: argparse.Namespace) -> None:
+    """A row for each length and method, a column for each segment of the text."""
+    head = [f"perplexity of the last {options.steps}"]
+    if options.measure == "perplexity":
+        head = ["perplexity", *(f"from {i:,}" for i in range(0, max(options.tokens), options.segment))]
+    rows = []
+    for (tokens, name), record in records.items():
+        numbers = (record.get("perplexity"), *record.get("segments", []))
+        cells = [f"{x:.3f}" for x in numbers if x is not None] or ["not run"]
+        cells += [None] * (len(head) - len(cells))
+        rows.append([f"{tokens:,}", name, *cells, round(record["seconds"])])
+    print(table(["tokens", "method", *head, "s"], rows))
+
+
+def show_needles(records: dict, options: argparse.Namespace) -> None:
+    """Share of the answers found and, depth by depth, whether all (x), some (o) or none (-) were."""
+    def shares(tokens: int, name: str, task: str) -> list[float]:
+        """Of each depth."""
+        runs = {x: [records[tokens, name, task, x, i] for i in range(options.trials)] for x in options.depths}
+        return [fmean(fmean(run.get("found", [math.nan])) for run in trials) for trials in runs.values()]
+
+    rows = []
+    for tokens, name in itertools.product(options.tokens, options.methods):
+        by_depth = {task: shares(tokens, name, task) for task in options.tasks}
+        mean = {task: fmean(x) for task, x in by_depth.items()}
+        cells = ["not run" if math.isnan(x) else f"{x:.2f} " + "".join(
+            {0: "-", 1: "x"}.get(share, "o") for share in by_depth[task]) for task, x in mean.items()]
+        ran = {task: x for task, x in mean.items() if not math.isnan(x)}
+        if ran:
+            worst = min(ran, key=ran.get)
+            cells += [f"{fmean(ran.values()):.2f}", f"{ran[worst]:.2f} ({worst})"]
+        rows.append([f"{tokens:,}", name, *cells, *[None] * (2 + len(mean) - len(cells))])
+    print(table(["tokens", "method", *options.tasks, "mean", "worst task"], rows))
+    print("\ndepths:", *options.depths)
+    for task in options.tasks:
+        panels = {name: [shares(tokens, name, task) for tokens in options.tokens] for name in options.methods}
+        panels = {name: [list(column) for column in zip(*rows, strict=True)] for name, rows in panels.items()}
+        draw(f"{options.out}/{task}.png", f"{task}: share of the answers found", panels,
+             ("tokens", options.tokens), ("depth", options.depths))
+
+
+def show_coverage(records: dict, options: argparse.Namespace) -> None:
+    """Mean, worst layer and worst head of each method, then the mass by layer."""
+    for tokens in options.tokens:
+        results = {name: (torch.tensor(x["recall"]), torch.tensor(x["mass"]))  # (layers, heads) both
+                   for (T, name), x in records.items() if T == tokens and "mass" in x}
+        if not results:
+            print(f"\n{tokens:,} tokens: not run")
+            continue
+        rows = []
+        for name, (recall, mass) in results.items():
+            worst = [f"{x.mean(1).min():.3f} (layer {int(x.mean(1).argmin())})" for x in (recall, mass)]
+            layer, head = divmod(int(mass.argmin()), mass.shape[1])
+            rows.append([name, f"{recall.mean():.3f}", worst[0], f"{mass.mean():.3f}", worst[1],
+                         f"{mass.min():.3f} (layer {layer}, head {head})"])
+        print(f"\n{tokens:,} tokens\n")
+        print(table(["method", "recall", "worst layer", "mass", "worst layer", "worst head"], rows))
+        layers = {name: mass.mean(1) for name, (_, mass) in results.items()}
+        rows = [[i, *(f"{x[i]:.3f}" for x in layers.values())] for i in range(len(mass))]
+        print("\n" + table(["mass of layer", *layers], rows))
+        if {"hip", "random"} <= layers.keys():
+            more = int((layers["hip"] > layers["random"]).sum())
+            print(f"\nhip covers more mass than random blocks in {more} of {len(rows)} layers")
+        draw(f"{options.out}/coverage-{tokens}.png", f"attention mass covered, {tokens:,} tokens",
+             {name: mass.tolist() for name, (_, mass) in results.items()},
+             ("head", range(mass.shape[1])), ("layer", range(len(rows))))
+
+
+def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y: tuple[str, list]) -> None:
+    """Heat maps, white 0 and grey 1, with the numbers in them."""
+    plt, across = measuring.pyplot(), min(4, len(panels))
+    down = -(-len(panels) // across)
+    width, height = max(2.2, 0.4 * len(x[1])), max(2.0, 0.25 * len(y[1]) + 0.7)
+    figure, axes = plt.subplots(down, across, figsize=(width * across + 1, height * down + 0.5),
+                                squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (name, grid) in zip(axes.flat, panels.items(), strict=False):
+        axis.imshow(grid, cmap="Greys", vmin=0, vmax=1.5, aspect="auto")  # 1.5: black text stays readable
+        axis.set_title(name, fontsize=8)
+        axis.set(xlabel=x[0], ylabel=y[0])
+        axis.set_xticks(range(len(x[1])), [f"{value:,}" for value in x[1]], fontsize=7)
+        axis.set_yticks(range(len(y[1])), [f"{value:g}" for value in y[1]], fontsize=7)
+        for i, j in itertools.product(range(len(y[1])), range(len(x[1]))):
+            text = "not run" if math.isnan(grid[i][j]) else f"{grid[i][j]:.2g}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=6)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"wrote {path}", file=sys.stderr)
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = measuring.options_parser(__doc__)
+    add = parser.add_argument
+    add("measure", choices=("perplexity", "decoding", "passkey", "needles", "coverage"))
+    add("--methods", nargs="+", metavar="M", help=f"({' '.join(DEFAULT)})")
+    add("--sweep", nargs="*", choices=SWEEP, metavar="FIELD", help="hip with other values of fields (of all)")
+    add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")
+    add("--segment", type=int, default=4096, help="tokens of a column of `perplexity` (%(default)s)")
+    add("--steps", type=int, default=256, help="tokens of `decoding` (%(default)s)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of `needles` (all)")
+    add("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="X")
+    add("--trials", type=int, default=1, help="of each length and depth, with other digits (%(default)s)")
+    add("--samples", type=int, default=16, help="query blocks of `coverage` (%(default)s)")
+    add("--seconds", type=float, default=3600, help="a text that takes longer is given up (%(default)s)")
+    return parser
+
+
+def settle(options: argparse.Namespace, base: HiPConfig) -> None:
+    """Fill in what the options leave open; ValueError for what cannot work."""
+    needles = options.measure in ("passkey", "needles")
+    options.tokens = options.tokens or ([4000, 8000] if needles else [8192])
+    options.tasks = ["passkey"] if options.measure == "passkey" else options.tasks
+    names = options.methods or (DEFAULT if options.sweep is None else ["hip"])
+    if options.sweep is not None:
+        # a refresh shows only where tokens are decoded; dense layers choose nothing
+        idle = {"perplexity": ("refresh_interval",), "coverage": ("refresh_interval", "dense_layers")}
+        swept = options.sweep or [field for field in SWEEP if field not in idle.get(options.measure, ())]
+        names = [*names, *(f"hip:{field}={value}" for field in swept for value in SWEEP[field])]
+    if options.measure == "coverage":  # dense attention has everything, memory is of decoding
+        names = [name for name in names if not name.startswith(("dense", "snapshot"))]
+    options.methods = list(dict.fromkeys(names))
+    for name in options.methods:
+        _, cfg = resolve(name, base)
+        if options.measure == "coverage" and (cfg.block_q != ROWS or getattr(cfg, "rope_clip", None)):
+            raise ValueError(f"coverage needs block_q={ROWS} and no rope_clip, not {name}")
+    least = {"decoding": options.steps + 1, "coverage": 2048}.get(options.measure, 2)
+    if min(options.tokens) < least:
+        raise ValueError(f"--tokens must be at least {least}, not {min(options.tokens)}")
+    for name in ("segment", "steps", "trials", "samples"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if not all(0 <= depth <= 1 for depth in options.depths):
+        raise ValueError("--depths must be from 0 to 1")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("task", choices=("perplexity", "passkey"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--set", metavar="FIELD=N", nargs="*", default=[], help="fields of HiPConfig")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    options = parser.parse_args()
-    cfg = HiPConfig(**{name: int(value) for name, value in (item.split("=") for item in options.set)})
-    model, tokenizer = load(dtype=getattr(torch, options.dtype or "", None))
-    text = tokenizer.encode("\n".join(topics.values()))[TEXT_START:]
-    rows, bar = (
-        [],
-        tqdm(total=len(options.tokens) * len(options.methods) * (1 if options.task == "perplexity" else 5)),
-    )
-    for tokens in options.tokens:
-        for method in options.methods:
-            started = time.perf_counter()
-            if options.task == "perplexity":
-                result = f"{perplexity(model, text[:tokens], cfg, method):.3f}"
-                bar.update()
-            else:
-                result = ""
-                for depth in DEPTHS:
-                    result += "x" if find_passkey(model, tokenizer, tokens, depth, cfg, method) else "-"
-                    bar.update()
-            rows.append(f"| {tokens} | {method} | {result} | {time.perf_counter() - started:.0f} s |")
-    bar.close()
-    print(f"{cfg}, {model.dtype}")
-    print(f"| tokens | method | {options.task} | time |\n| --- | --- | --- | --- |", *rows, sep="\n")
+    options = arguments().parse_args()
+    base = measuring.configure(HiPConfig(), options.set)
+    settle(options, base)
+    model, tokenizer = load(options.model, getattr(torch, options.dtype or "", None), options.device)
+    results = measuring.Results(options.out, "evaluate", model=options.model, dtype=str(model.dtype),
+                                device=measuring.device_name(options.device))
+    # a job measures one method, but for coverage, which reads the text once for all
+    groups, cases, details, text = [[name] for name in options.methods], [{}], {}, []
+    kind = "needles" if options.measure == "passkey" else options.measure
+    if kind == "needles":
+        cases = [dict(task=task, depth=depth, trial=i) for task in options.tasks for depth in options.depths
+                 for i in range(options.trials)]
+    else:
+        text = measuring.natural_text(tokenizer, max(options.tokens), TEXT_START)
+        detail = {"perplexity": "segment", "decoding": "steps", "coverage": "samples"}[kind]
+        details = {detail: getattr(options, detail)}
+    if kind == "coverage":
+        groups = [options.methods]
+
+    def measure(tokens: int, names: list[str], case: dict) -> dict[str, dict]:
+        if kind == "coverage":
+            return coverage(model, text[:tokens], names, base, options)
+        (name,) = names
+        if kind == "needles":
+            return {name: find(model, tokenizer, name, base, tokens, **case, options=options)}
+        return {name: perplexity(open_context(model, name, tokens, base), text[:tokens], options)}
+
+    records, jobs = {}, list(itertools.product(options.tokens, groups, cases))
+    for tokens, names, case in tqdm(jobs, desc=options.measure):
+        settings = {name: dict(measure=kind, tokens=tokens, method=name, config=vars(resolve(name, base)[1]),
+                               **case, **details) for name in names}
+        old = {name: results.get(**settings[name]) for name in names}
+        missing = [name for name, record in old.items()
+                   if record is None or record.get("gave_up", math.inf) < options.seconds]
+        started = time.monotonic()
+        try:
+            new = measure(tokens, missing, case) if missing else {}
+        except OutOfTime:
+            new = {name: {"gave_up": options.seconds} for name in missing}
+        seconds = time.monotonic() - started
+        old |= {name: results.put(x | {"seconds": seconds}, **settings[name]) for name, x in new.items()}
+        records |= {(tokens, name, *case.values()): record for name, record in old.items()}
+    if options.json:
+        print(json.dumps(list(records.values()), indent=1))
+        return
+    print(f"{base}, {model.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    {"needles": show_needles, "coverage": show_coverage}.get(kind, show_perplexity)(records, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.command(main))

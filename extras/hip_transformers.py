@@ -1,0 +1,193 @@
+"""HiP attention in the causal models of the library transformers, under the name "hip".
+
+    from hip_transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="hip")
+    model.config.hip = HiPConfig(top_k=1024)  # may be missing, or a dict, which config.json can hold
+    print(tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=100)[0]))
+
+The rows of a batch are read as by `model.py`, one by one, cut to their real tokens.  Each chunk of a prompt
+has a dense tail, for nobody says which is the last.  Layers with a sliding window of their own keep it.
+
+The library hands over keys and values, but no cache.  The keys *are* the tensor that the cache holds, though:
+what a layer remembers of a generation is an attribute of that tensor, where a hook finds it before the next
+call.  It dies with the cache.  Whatever else touches cached keys (beam search reorders, `crop` cuts) leaves a
+new tensor without it, and the next step searches afresh, without memory.
+
+Refused: gradients, dropout, bidirectional, cross and chunked attention, masks and biases of one's own, sinks,
+soft-caps, packed sequences, paged caches, assisted generation, prefill in chunks of `dense_tail` or less.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hip  # noqa: E402
+from hip import HiPConfig  # noqa: E402
+from model import MEMORY_QUERIES  # noqa: E402
+
+try:
+    import transformers
+    from transformers import masking_utils
+except ImportError as error:
+    raise ValueError(f"HiP needs transformers 5.17 or later ({error})") from error
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ValueError(f"HiP needs transformers 5.17 or later, not {transformers.__version__}")
+
+# tensors that come along and leave attention as it is; any other may be sinks, a bias, an index, ...
+HARMLESS = ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch")
+not_compiled = torch.compiler.disable(reason="HiP's search depends on the data: compile without fullgraph")
+found = threading.local()  # from the hook to the attention call that follows in the same thread
+
+
+def register() -> None:
+    """Make "hip" a name for `attn_implementation`."""
+    transformers.AttentionInterface.register("hip", attention)
+    transformers.AttentionMaskInterface.register("hip", mask)
+
+
+def settings(config: transformers.PreTrainedConfig) -> HiPConfig:
+    """`config.hip` of a model: a HiPConfig, a dict of fields, or missing.  ValueError for anything else."""
+    cfg = getattr(config, "hip", None) or {}
+    try:
+        return cfg if isinstance(cfg, HiPConfig) else HiPConfig(**cfg)
+    except TypeError as error:
+        raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}") from error
+
+
+def kernels(device: torch.device) -> ModuleType:
+    """Triton's on a GPU where triton is installed, else the reference."""
+    fast = device.type == "cuda" and importlib.util.find_spec("triton")
+    return importlib.import_module("hip_triton" if fast else "hip")
+
+
+def read(row: tuple, q: Tensor, past: Callable, T: int, cfg: HiPConfig, scale: float | None,
+         dense: int | None) -> tuple[Tensor, tuple]:
+    """Attention of a row, q (1, H, Tq, D) at the end of T tokens, as model.py's `Context` does it: (o, row).
+
+    row: what decoding remembers: the prompt's last queries, a selection, steps done.  past: from a number of
+    tokens to the first so many keys for the search, keys, and values, (1, Hkv, n, D) each.  dense: how many
+    of a prompt's last queries attend densely; None for a decoding step.
+    """
+    (tail, selection, step), Tq, out, lib = row, q.shape[2], [], kernels(q.device)
+    if dense is None:
+        search_keys, k, v = past(T)
+        if step % cfg.refresh_interval == 0:
+            if tail is not None:  # the first memory is the exact selection of the prompt's end
+                one_block = replace(cfg, block_q=max(cfg.block_q, MEMORY_QUERIES))
+                selection = hip.oracle_blocks(tail, past(T - 1)[0], one_block)
+            selection = lib.select_blocks(q, search_keys, cfg, selection if cfg.memory else None)
+        return lib.sparse_attention(q, k, v, selection, cfg, scale=scale), (None, selection, step + 1)
+    tail = (q if tail is None else torch.cat([tail, q], 2))[:, :, -MEMORY_QUERIES:].clone()
+    if (body := Tq - dense) > 0:
+        search_keys, k, v = past(T - Tq + body)
+        selection = lib.select_blocks(q[:, :, :body], search_keys, cfg)
+        out.append(lib.sparse_attention(q[:, :, :body], k, v, selection, cfg, scale=scale))
+    if dense > 0:
+        out.append(hip.dense_attention(q[:, :, max(0, body) :], *past(T)[1:], scale=scale))
+    return torch.cat(out, 2), (tail, None, 0)
+
+
+@not_compiled
+def find_memory(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Hook before an attention module: its memory hangs on the cached keys, before new ones join them."""
+    layer = getattr(kwargs.get("past_key_values"), "layers", ())[module.layer_idx :][:1]
+    found.memory = getattr(layer and layer[0].keys, "hip_memory", None)
+
+
+@not_compiled
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+              dropout: float = 0.0, scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+    """The library's attention function: q (B, H, Tq, D), k and v (B, Hkv, T, D), what `mask` returned.
+
+    T may exceed the tokens read (static caches).  Returns ((B, Tq, H, D), None).  ValueError: see `refuse`.
+    """
+    refuse(module, query, attention_mask, kwargs | dict(dropout=dropout))
+    if attention_mask is not None and attention_mask.ndim == 4:  # a sliding window
+        own = transformers.AttentionInterface()["sdpa"]
+        return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if find_memory not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(find_memory, with_kwargs=True)
+    memory, found.memory = getattr(found, "memory", None), None
+    cfg, Tq = settings(module.config), query.shape[2]
+    T = key.shape[2] if attention_mask is None else attention_mask.shape[1]  # tokens read
+    # a memory is good for its own layer and settings, if nothing was read since
+    expected, short, rows = memory or (None, True, [])
+    if expected != (id(module), cfg, T - Tq):
+        short, rows = True, [(None, None, 0)] * len(query)
+    prompt, (lo, hi) = Tq > 1 or T == 1, hip.domain(Tq, T, cfg)
+    now_short = prompt and Tq <= cfg.dense_tail
+    if short and now_short and Tq < T and int(hi[-1]) > lo:
+        raise ValueError(f"{Tq} tokens follow a short piece, or a cache that was cut or moved: HiP can do no "
+                         f"assisted generation and no prefill in chunks up to dense_tail={cfg.dense_tail}")
+    dense = T if module.layer_idx < cfg.dense_layers else cfg.dense_tail if prompt else None
+    rows, out = list(rows), torch.zeros_like(query)  # zeros come out for padding
+    for b, row in enumerate(rows):
+        q, k, v, asked = query[b : b + 1], key[b : b + 1, :, :T], value[b : b + 1, :, :T], slice(None)
+        if attention_mask is not None and not attention_mask[b].all():
+            seen, asked = attention_mask[b], attention_mask[b, -Tq:]
+            q, k, v = q[:, :, asked], k[:, :, seen], v[:, :, seen]
+        if q.shape[2]:
+            out[b : b + 1, :, asked], rows[b] = read(
+                row, q, lambda n, x=(k, k, v): [y[:, :, :n] for y in x], k.shape[2], cfg, scaling, dense)
+    key.hip_memory = (id(module), cfg, T), now_short, rows
+    return out.transpose(1, 2), None
+
+
+def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwargs: dict) -> None:
+    """ValueError, in one sentence, for what HiP would get wrong."""
+    own_mask, packed = attention_mask is not None and attention_mask.ndim != 2, False
+    position = kwargs.get("position_ids")
+    if position is not None and position.ndim == 2 and not own_mask:
+        real = torch.ones_like(position) if attention_mask is None else attention_mask[:, -query.shape[2] :]
+        packed = ((position.diff() < 1) & real[:, 1:] & real[:, :-1]).any()
+    for cause, here in {
+        **{name: isinstance(x, Tensor) and name not in HARMLESS for name, x in kwargs.items()},
+        "rope_clip, for keys come rotated": settings(module.config).rope_clip,
+        "dropout": kwargs["dropout"],
+        "gradients (missing: torch.no_grad())": torch.is_grad_enabled() and query.requires_grad,
+        "attention that is not causal": False in (getattr(module, "is_causal", 1), kwargs.get("is_causal")),
+        "a mask or bias of one's own, or attention in chunks": own_mask and not kwargs.get("sliding_window"),
+        "packed sequences": packed,
+        "modules without a layer_idx": getattr(module, "layer_idx", None) is None,
+        "softcap": kwargs.get("softcap"),
+        "output_attentions": kwargs.get("output_attentions"),
+    }.items():
+        if here:
+            raise ValueError(f"HiP attention cannot do {cause}: use another attn_implementation")
+
+
+@not_compiled
+def mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, *, config, mask_function,
+         attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs) -> Tensor | None:
+    """The library's mask function: (B, tokens read) bool, False for padding, or None if all keys are real.
+
+    A sliding window's is the library's own (B, 1, Tq, Tk).  ValueError for any other that is not just causal.
+    """
+    if local_size is not None:  # of four dimensions always, for `attention` to tell it by
+        kwargs |= dict(mask_function=mask_function, attention_mask=attention_mask, local_size=local_size)
+        kwargs["allow_is_causal_skip"] = False
+        return masking_utils.sdpa_mask(batch_size, q_length, kv_length, q_offset, **kwargs)
+    if mask_function is not masking_utils.causal_mask_function:
+        raise ValueError("HiP attention cannot do packed sequences, bidirectional attention or other masks")
+    model = transformers.MODEL_MAPPING.get(type(config), None)
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+        raise ValueError(f"HiP cannot reach the attention of {config.model_type} models, which is their own")
+    T = int(q_offset) + q_length
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, T, dtype=torch.bool, device=kwargs.get("device"))
+    if attention_mask.shape[1] < T:
+        raise ValueError(f"attention_mask must cover all {T} tokens, not the last {attention_mask.shape[1]}")
+    return None if T == kv_length and attention_mask.all() else attention_mask[:, :T]

@@ -1,0 +1,658 @@
+"""HiP in models of the library transformers: the same numbers as the library's attention and as model.py.
+
+    python -m pytest extras/test_hip_transformers.py
+
+All models but one are tiny and random.  "Alone" is model.py's `Context`, which reads one row without padding.
+"""
+
+import copy
+import gc
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import hip_transformers  # noqa: E402
+
+import generate as command  # noqa: E402
+import hip  # noqa: E402
+import model as llama  # noqa: E402
+from hip import HiPConfig  # noqa: E402
+
+hip_transformers.register()
+settings.register_profile("hip", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("hip")
+COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens and more
+SMALL = HiPConfig(top_k=32, block_k=8, block_q=16, window=16, sink=4, dense_tail=5, refresh_interval=4)
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def changed(cfg, **fields):
+    return HiPConfig(**vars(cfg) | fields)
+
+
+def change(thing, **fields):
+    vars(thing).update(fields)
+
+
+def tiny(name="llama", **fields):
+    """A random model of the library, with attention by HiP."""
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=256, max_position_embeddings=512, eos_token_id=None,
+                 bos_token_id=None, pad_token_id=None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes | fields)).eval()
+    for key, x in model.named_parameters():  # norms and biases must not be ones and zeros
+        x.data = torch.randn_like(x) * (0.2 if x.ndim == 2 else 0.5) + ("norm" in key)
+    model.set_attn_implementation("hip")
+    model.config.hip = SMALL
+    return model
+
+
+def read_alone(theirs, cfg, tokens, T):
+    """Logits by model.py with the same weights: T tokens of prompt (1, T + steps), then decoding."""
+    c = theirs.config
+    config = llama.ModelConfig(
+        c.model_type, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
+        theirs.model.layers[0].self_attn.head_dim, c.intermediate_size, c.vocab_size, 512, c.rms_norm_eps,
+        c.rope_parameters["rope_theta"], (), False)
+    weights = {key.removeprefix("model."): x.detach() for key, x in theirs.state_dict().items()}
+    context = llama.Context(llama.Llama(config, weights), tokens.shape[1], cfg)
+    parts = [*context.prefill(tokens[:, :T]), *map(context.decode, tokens[:, T:].split(1, 1))]
+    return context.model.logits(torch.cat(parts, 1))
+
+
+@contextmanager
+def watched():
+    """Every call of HiP's attention function: what came and what it returned, (B, H, Tq, D)."""
+    calls = []
+
+    def attention(module, q, k, v, mask, **kwargs):
+        output = hip_transformers.attention(module, q, k, v, mask, **kwargs)
+        T = k.shape[2] if mask is None else mask.shape[1]
+        k, v = k[:, :, :T].clone(), v[:, :, :T].clone()
+        calls.append(SimpleNamespace(q=q, k=k, v=v, o=output[0].transpose(1, 2)))
+        return output
+
+    AttentionInterface.register("hip", attention)
+    yield calls
+    hip_transformers.register()
+
+
+def attend_alone(calls, layer, b, seen, sizes, cfg):
+    """Row b of a layer's calls, and model.py's Context on its real tokens, seen (T,): (output, expected)."""
+    k = calls[0].k
+    config = SimpleNamespace(layers=2, kv_heads=k.shape[1], head_size=k.shape[3])
+    model = SimpleNamespace(config=config, dtype=k.dtype, device=k.device)
+    context = llama.Context(model, len(seen), cfg)
+    for i, call in enumerate(calls):
+        Tk, Tq = call.k.shape[2], call.q.shape[2]
+        real = seen[Tk - Tq : Tk]
+        q, k, v, o = (x[b : b + 1, :, -Tq:][:, :, real] for x in (call.q, call.k, call.v, call.o))
+        n, prompt = q.shape[2], i < len(sizes)
+        context.decoded = None if prompt else 0 if context.decoded is None else context.decoded + 1
+        body = max(0, n - cfg.dense_tail) if prompt else n
+        for part, dense in ((slice(body), False), (slice(body, n), True)):
+            if o[:, :, part].shape[2]:
+                context.length += o[:, :, part].shape[2]
+                yield o[:, :, part], context.attend(layer, q[:, :, part], k[:, :, part], v[:, :, part], dense)
+
+
+def some_tokens(*shape, seed=0):  # but 0, which generate takes for padding
+    return torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model, tokens, sizes, mask=None, cache=None):
+    """Logits of tokens (B, T) read in pieces of these sizes, then one by one; mask (B, T) False: padding."""
+    cache = DynamicCache() if cache is None else cache
+    parts, start = [], cache.get_seq_length()
+    for piece in tokens.split([*sizes, *[1] * (tokens.shape[1] - sum(sizes))], 1):
+        end = start + piece.shape[1]
+        more = {} if mask is None else dict(attention_mask=mask[:, :end].long(),
+                                            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:end])
+        parts.append(model(piece, past_key_values=cache, **more).logits)
+        start = end
+    return torch.cat(parts, 1)
+
+
+def together(actions):
+    threads = [threading.Thread(target=action) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Every search from now on: [(q, previous, result)]."""
+    calls, search = [], hip.select_blocks
+
+    def select_blocks(q, k, cfg, previous=None, **more):
+        calls.append((q, previous, search(q, k, cfg, previous, **more)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(hip, "select_blocks", select_blocks)
+    return calls
+
+
+# --- the same as the library, and as model.py --------------------------------------------------------------
+
+LAYERS = ["sliding_attention", "full_attention"]
+FAMILIES = {
+    "llama": {}, "mistral": dict(sliding_window=None), "qwen2": {}, "qwen3": {}, "phi3": {}, "smollm3": {},
+    "mixtral": dict(sliding_window=None), "gpt2": {}, "granite": dict(attention_multiplier=0.4),
+    "qwen2 sliding": dict(sliding_window=40, layer_types=LAYERS, use_sliding_window=True),
+    "gemma3_text": dict(sliding_window=40, layer_types=LAYERS[::-1], head_dim=32),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_its_own_attention_where_the_budget_covers_the_context(name, searches):
+    model = tiny(name.split()[0], **FAMILIES[name])
+    model.config.hip = COVERS
+    tokens, mask = some_tokens(2, 150), torch.ones(2, 150, dtype=torch.long)
+    mask[0, :70] = 0
+    results = {}
+    for implementation in ("sdpa", "hip"):  # live
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results[implementation] = [
+                (model.generate(tokens, attention_mask=m, max_new_tokens=20, **GREEDY),
+                 model(tokens, attention_mask=m).logits[m.bool()]) for m in (torch.ones_like(mask), mask)]
+        assert bool(searches) == (implementation == "hip")
+    for (tokens, logits), (same, expected) in zip(*results.values(), strict=True):
+        assert torch.equal(tokens, same)
+        close(logits, expected)
+
+
+@pytest.mark.parametrize("sliding_window", [50, 300])
+def test_layers_with_a_sliding_window_keep_it_even_while_it_covers_the_text(searches, sliding_window):
+    model = tiny("mistral", sliding_window=sliding_window)
+    ours = read(model, some_tokens(1, 210), [200])
+    model.set_attn_implementation("sdpa")
+    close(ours, read(model, some_tokens(1, 210), [200], mask=torch.ones(1, 210, dtype=torch.bool)))
+    assert not searches
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("fields", [{}, dict(memory=False), dict(dense_layers=1), dict(dense_tail=0)])
+def test_a_model_reads_and_decodes_as_model_py_does(name, fields):
+    model, tokens = tiny(name), some_tokens(1, 345)
+    model.config.hip = cfg = changed(SMALL, **fields)
+    ours, expected = read(model, tokens, [333]), read_alone(model, cfg, tokens, 333)
+    dense = read_alone(model, changed(cfg, dense_layers=9), tokens, 333)
+    same, sparse = ((x - expected).abs().amax(-1)[0, 100:] for x in (ours, dense))
+    # rounding differs between the two, so two blocks that score alike may swap, which some positions see
+    assert (same < 1e-4).float().mean() > 0.8 and (sparse > 0.01).float().mean() > 0.8
+
+
+@st.composite
+def batches(draw):
+    """(tokens, mask, sizes of the prompt's pieces, settings) of a padded batch, six steps of decoding."""
+    T, side = draw(st.integers(1, 260)), draw(st.sampled_from(["left", "right"]))
+    sizes = list(map(len, torch.arange(T).split(draw(st.sampled_from([16, 40, 64, 260])))))
+    assume(sizes[-1] > 1 or T == 1)  # a last piece of one token is read as a decoding step
+    lengths = [T, *draw(st.lists(st.integers(1, T), max_size=2))]
+    place = torch.arange(T) if side == "right" else torch.arange(T).flip(0)
+    mask = torch.nn.functional.pad(place < torch.tensor(lengths)[:, None], (0, 6), value=True)
+    cfg = changed(SMALL, dense_tail=draw(st.sampled_from([0, 5, 15])), memory=draw(st.booleans()),
+                  dense_layers=draw(st.sampled_from([0, 0, 1])), block_q=draw(st.sampled_from([4, 16])))
+    return some_tokens(len(lengths), T + 6, seed=T), mask, sizes, cfg
+
+
+@given(batches())
+def test_every_row_of_a_padded_batch_in_chunks_is_that_row_alone_read_as_by_model_py(batch):
+    tokens, mask, sizes, cfg = batch
+    model = tiny()
+    model.config.hip = cfg
+    with watched() as calls:
+        read(model, tokens, sizes, mask)
+    for b, seen in enumerate(mask):
+        for layer in (0, 1):
+            for output, expected in attend_alone(calls[layer::2], layer, b, seen, sizes, cfg):
+                torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- generations and what they remember --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("block_q", [4, 16])
+def test_decoding_searches_every_refresh_interval_from_the_selection_before(searches, memory, block_q):
+    model = tiny()
+    model.config.hip = changed(SMALL, memory=memory, block_q=block_q)
+    with watched() as calls:
+        read(model, some_tokens(1, 352), [160, 178, 4])
+    assert [q.shape[2] for q, *_ in searches] == [155, 155, 173, 173] + [1] * 6  # steps 0, 4, 8 of two layers
+    for i, (_, previous, _) in enumerate(searches[4:]):
+        if not memory:
+            assert previous is None
+        elif i > 1:
+            assert torch.equal(previous.blocks, searches[4 + i - 2][2].blocks)
+        else:
+            end = torch.cat([calls[2 + i].q, calls[4 + i].q], 2)
+            assert_exact(previous, end, calls[4 + i].k)
+
+
+def test_decoding_behind_a_prompt_of_one_token_is_as_in_model_py(model):
+    seen = torch.ones(70, dtype=torch.bool)
+    with watched() as calls:
+        read(model, some_tokens(1, 70), [1])
+    for layer in (0, 1):
+        for output, expected in attend_alone(calls[layer::2], layer, 0, seen, [1], SMALL):
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def assert_exact(selection, q, k):
+    """It is the exact selection of the last queries."""
+    exact = hip.oracle_blocks(q[:, :, -16:], k, changed(SMALL, block_q=16))
+    assert all(map(torch.equal, selection, exact))
+
+
+def test_decoding_behind_a_second_prompt_starts_from_the_end_of_that_prompt(model, searches):
+    cache = DynamicCache()
+    read(model, some_tokens(1, 203), [200], cache=cache)
+    with watched() as calls:
+        read(model, some_tokens(1, 101, seed=1), [100], cache=cache)
+    for layer in (0, 1):
+        assert_exact(searches[layer - 2][1], calls[layer].q, calls[layer].k)
+
+
+def test_interleaved_generations_of_any_batch_size_are_each_as_if_alone(model):
+    tokens = [some_tokens(1, 320), some_tokens(2, 320, seed=1), some_tokens(1, 320)]
+    tokens[2][0, 100:200] = some_tokens(100, seed=2)  # same length and last tokens as the first
+    expected, caches = [read(model, x, [300]) for x in tokens], [DynamicCache() for _ in tokens]
+    ours = [[read(model, x[:, :300], [300], cache=cache)] for x, cache in zip(tokens, caches, strict=True)]
+    for i in range(300, 320):
+        for j in (0, 1, 2):
+            ours[j].append(read(model, tokens[j][:, i : i + 1], [], cache=caches[j]))
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(torch.cat(one, 1), other)
+
+
+def test_generations_in_two_threads_are_each_as_if_alone(model):
+    tokens = [some_tokens(1, 200, seed=seed) for seed in (0, 1)]
+
+    def generate(i, results):
+        results[i] = model.generate(tokens[i], max_new_tokens=20, **GREEDY).tolist()
+
+    expected, ours = {}, {}
+    for i in (0, 1):
+        generate(i, expected)
+    together([lambda i=i: generate(i, ours) for i in (0, 1)])
+    assert ours == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: copy.copy(cache)])
+def test_a_copied_cache_is_a_generation_of_its_own_that_remembers_the_common_start(model, copied, searches):
+    start, tokens = some_tokens(1, 300), [some_tokens(1, 6, seed=seed) for seed in (1, 2)]
+    expected = [read(model, torch.cat([start, x], 1), [300])[:, 300:] for x in tokens]
+    first = DynamicCache()
+    read(model, start, [300], cache=first)
+    second = copied(first)
+    second.layers = [copied(layer) for layer in first.layers]
+    searches.clear()
+    ours = [[], []]
+    for i in range(6):
+        for j, cache in enumerate([first, second]):
+            ours[j].append(read(model, tokens[j][:, i : i + 1], [], cache=cache))
+    assert all(torch.equal(torch.cat(x, 1), y) for x, y in zip(ours, expected, strict=True))
+    assert all(previous is not None for _, previous, _ in searches)
+
+
+def by_another_attention(model, cache):
+    model.set_attn_implementation("sdpa")
+    read(model, some_tokens(1, 1), [], cache=cache, mask=torch.ones(1, 204, dtype=torch.bool))
+    model.set_attn_implementation("hip")
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("what", [
+    by_another_attention, lambda model, cache: change(model.config, hip=changed(SMALL, block_k=16)),
+    lambda model, cache: cache.layers.reverse()])
+def test_nothing_is_remembered_across_foreign_tokens_other_settings_or_layers(searches, static, what):
+    model = tiny()
+    cache = StaticCache(model.config, max_cache_len=300) if static else DynamicCache()
+    read(model, some_tokens(1, 203), [200], cache=cache)
+    what(model, cache)
+    searches.clear()
+    read(model, some_tokens(1, 1), [], cache=cache)
+    assert [previous for _, previous, _ in searches] == [None, None]
+
+
+def test_memory_dies_with_the_generation(model):
+    cache = DynamicCache()
+    read(model, some_tokens(1, 210), [200], cache=cache)
+    selections = [weakref.ref(cache.layers[i].keys.hip_memory[2][0][1].blocks) for i in (0, 1)]
+    assert all(blocks() is not None for blocks in selections)
+    del cache
+    gc.collect()
+    assert all(blocks() is None for blocks in selections)
+
+
+def test_a_second_prompt_may_follow_an_answer(model):
+    parts = [some_tokens(1, n, seed=n) for n in (100, 9, 70, 9, 3, 9)]
+    model.config.hip, cache = COVERS, DynamicCache()
+    ours = [read(model, part, [n] if n > 9 or n == 3 else [], cache=cache)
+            for part, n in zip(parts, (100, 9, 70, 9, 3, 9), strict=True)]
+    model.set_attn_implementation("sdpa")
+    expected = read(model, torch.cat(parts, 1), [200])
+    model.set_attn_implementation("hip")
+    model.config.hip = SMALL
+    close(torch.cat(ours, 1), expected)
+
+
+def test_short_pieces_may_follow_each_other_while_sink_and_window_cover_everything(model):
+    close(read(model, some_tokens(1, 23), [3, 3, 5, 4]), read(model, some_tokens(1, 23), [23]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_with_a_static_cache_is_generation_with_a_growing_one(model, padded):
+    for T in (200, 150):  # the second time in the same cache
+        mask = torch.ones(2, T, dtype=torch.long)
+        mask[1, : 50 * padded] = 0
+        options = GREEDY | dict(attention_mask=mask, max_new_tokens=20)
+        expected = model.generate(some_tokens(2, T), **options)
+        ours = model.generate(some_tokens(2, T), cache_implementation="static", **options)
+        assert torch.equal(ours, expected)
+
+
+def test_a_static_cache_needs_no_mask(model):
+    expected, tokens = read(model, some_tokens(1, 210), [200]), some_tokens(1, 210)
+    cache = StaticCache(model.config, max_cache_len=300)
+    assert torch.equal(read(model, tokens, [200], cache=cache), expected)
+    cache.reset()
+    assert torch.equal(read(model, tokens, [200], cache=cache), expected)
+
+
+@torch.no_grad()
+def test_a_mask_may_reach_beyond_the_tokens_read(model):
+    tokens = some_tokens(2, 100)
+    longer = torch.ones(2, 130)
+    longer[0, :20] = 0
+    close(model(tokens, attention_mask=longer).logits, model(tokens, attention_mask=longer[:, :100]).logits)
+
+
+@pytest.mark.parametrize("chunk", [32, 64, 100])
+def test_prefill_in_chunks_is_what_generate_does_with_a_chunk_size(model, chunk):
+    tokens = some_tokens(1, 200)
+    generated = model.generate(tokens, max_new_tokens=20, prefill_chunk_size=chunk, **GREEDY)
+    sizes = list(map(len, torch.arange(200).split(chunk)))
+    logits = read(model, generated[:, :-1], sizes)
+    assert torch.equal(logits[:, 199:].argmax(-1), generated[:, 200:])
+
+
+def test_beam_search_and_sampling_give_the_librarys_tokens_where_the_budget_covers(model):
+    model.config.hip, results = COVERS, {}
+    for implementation in ("sdpa", "hip"):
+        model.set_attn_implementation(implementation)
+        for options in (dict(num_beams=3), dict(do_sample=True, num_return_sequences=3, top_k=20)):
+            torch.manual_seed(0)
+            tokens = model.generate(some_tokens(2, 100), max_new_tokens=15, **GREEDY | options)
+            results.setdefault(str(options), []).append(tokens)
+    model.config.hip = SMALL
+    assert all(torch.equal(*pair) for pair in results.values())
+
+
+def test_beam_search_searches_at_every_step_without_memory(model, searches):
+    model.generate(some_tokens(1, 200), max_new_tokens=6, num_beams=3, **GREEDY)
+    steps = [previous for q, previous, _ in searches if q.shape[2] == 1]
+    assert len(steps) == 5 * 2 * 3 and steps == [None] * 30
+
+
+def test_a_compiled_model_gives_the_same_tokens_and_fullgraph_is_refused():
+    plain, compiled = tiny(), tiny()
+    expected = plain.generate(some_tokens(1, 200), max_new_tokens=10, **GREEDY)
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    assert torch.equal(compiled.generate(some_tokens(1, 200), max_new_tokens=10, **GREEDY), expected)
+    whole = torch.compile(plain, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="compile without fullgraph"), torch.no_grad():
+        whole(some_tokens(1, 200))
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+TEXT = some_tokens(1, 50)
+POSITIONS = torch.cat([torch.arange(20), torch.arange(30)])[None]  # of two sequences in one row
+NINE = GREEDY | dict(max_new_tokens=9)
+REFUSED = {  # what the sentence says: the model, what is done with it
+    "dropout": (dict(attention_dropout=0.1), lambda m: m.train()(TEXT)),
+    "gradients": ({}, lambda m: torch.enable_grad()(m)(TEXT)),
+    "not causal": ({}, lambda m: change(m.model.layers[0].self_attn, is_causal=False) or m(TEXT)),
+    "bidirectional attention": ({}, lambda m: change(m.config, is_causal=False) or m(TEXT)),
+    "a mask or bias of one's own": ({}, lambda m: m(TEXT, attention_mask=torch.zeros(1, 1, 50, 50))),
+    "attention in chunks": (dict(name="llama4_text", attention_chunk_size=40), lambda m: m(TEXT)),
+    "do softcap": (dict(name="gemma2", head_dim=16, layer_types=["full_attention"] * 2), lambda m: m(TEXT)),
+    "s_aux": (dict(name="gpt_oss", head_dim=16), lambda m: m(TEXT)),
+    "output_attentions": ({}, lambda m: m(TEXT, output_attentions=True)),
+    "do packed sequences:": ({}, lambda m: m(TEXT, position_ids=POSITIONS)),
+    "do packed sequences: ": ({}, lambda m: m(TEXT, position_ids=POSITIONS, attention_mask=POSITIONS < 29)),
+    "do packed sequences,": ({}, lambda m: m(TEXT, position_ids=POSITIONS, use_cache=False)),
+    "must cover all 100 tokens": ({}, lambda m: m(TEXT, past_key_values=m(TEXT).past_key_values,
+                                                  attention_mask=torch.ones_like(TEXT))),
+    "of bloom models": (dict(name="bloom"),
+                        lambda m: change(m.config, _attn_implementation_internal="hip") or m(TEXT)),
+    "layer_idx": ({}, lambda m: change(m.model.layers[0].self_attn, layer_idx=None) or m(TEXT, use_cache=0)),
+    "rope_clip": ({}, lambda m: change(m.config, hip=dict(rope_clip=64)) or m(TEXT)),
+    "config.hip must be": ({}, lambda m: change(m.config, hip=dict(topk=64)) or m(TEXT)),
+    "config.hip must be a": ({}, lambda m: change(m.config, hip="fast") or m(TEXT)),
+    "no assisted generation": (
+        {}, lambda m: m.generate(TEXT.repeat(1, 4), prompt_lookup_num_tokens=3, **NINE)),
+    "chunks up to dense_tail=5": ({}, lambda m: m.generate(TEXT, prefill_chunk_size=5, **NINE)),
+    "hip.* is not supported": ({}, lambda m: m.generate_batch(TEXT.tolist())),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_hip_cannot_do_is_refused_in_a_sentence(words):
+    fields, do = REFUSED[words]
+    model = tiny(**fields)
+    with pytest.raises(ValueError, match=words) as error, torch.no_grad():
+        do(model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bidirectional_model_is_refused():
+    config = AutoConfig.for_model("bert", hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ValueError, match="bidirectional"), torch.no_grad():
+        AutoModel.from_config(config, attn_implementation="hip")(TEXT)
+
+
+@pytest.mark.parametrize("version", [None, "4.57.1", "5.16.2"])
+def test_a_missing_or_old_transformers_is_refused(monkeypatch, version):
+    if version:
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    else:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    again = importlib.util.spec_from_file_location("again", hip_transformers.__file__)
+    with pytest.raises(ValueError, match=f"transformers 5.17 or later.*{version or 'transformers'}"):
+        again.loader.exec_module(importlib.util.module_from_spec(again))
+
+
+# --- settings, kernels, processes, server ------------------------------------------------------------------
+
+
+def test_settings_travel_in_config_json(tmp_path, model):
+    kept = tiny()
+    kept.config.hip = vars(SMALL)
+    kept.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hip")
+    assert hip_transformers.settings(loaded.config) == SMALL
+    del kept.config.hip
+    assert hip_transformers.settings(kept.config) == HiPConfig()
+    ours, theirs = (x.generate(some_tokens(1, 200), max_new_tokens=10, **GREEDY) for x in (loaded, model))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device, triton, name", [
+    ("cuda", True, "hip_triton"), ("cuda", False, "hip"), ("cpu", True, "hip")])
+def test_the_triton_kernels_are_taken_on_a_gpu_where_triton_is_installed(monkeypatch, device, triton, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package == "triton" and triton or None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: name)
+    assert hip_transformers.kernels(torch.device(device)) == name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, dict(cache_implementation="static"), dict(prefill_chunk_size=64)])
+def test_a_model_on_a_gpu_reads_and_decodes_by_the_triton_kernels(monkeypatch, options):
+    import hip_triton
+
+    model, calls = tiny(head_dim=32).cuda(), []
+    select_blocks = hip_triton.select_blocks
+    monkeypatch.setattr(hip_triton, "select_blocks", lambda *x: calls.append(x) or select_blocks(*x))
+    tokens, results = some_tokens(2, 150).cuda(), []
+    for implementation, model.config.hip in (("sdpa", None), ("hip", COVERS)):
+        model.set_attn_implementation(implementation)
+        results.append(model.generate(tokens, max_new_tokens=20, **GREEDY | options))
+    assert torch.equal(*results) and calls
+
+
+ONE_PROCESS = """
+import json, os, sys
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import hip_transformers
+hip_transformers.register()
+heads = set()
+def attention(module, query, *rest, **more):
+    heads.add(query.shape[1])
+    return hip_transformers.attention(module, query, *rest, **more)
+AttentionInterface.register("hip", attention)
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="hip",
+                                             distributed_config=DistributedConfig(tp_plan="auto"))
+tokens = torch.tensor(json.loads(sys.argv[2]))
+tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False)
+with open(sys.argv[3] + os.environ["RANK"], "w") as file:
+    json.dump([sorted(heads), tokens.tolist()], file)
+"""
+
+
+def environment():
+    return os.environ | dict(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+
+def test_two_processes_with_half_of_the_heads_each_give_the_tokens_of_one(tmp_path, model):
+    kept = tiny()
+    kept.config.hip = vars(SMALL)
+    kept.save_pretrained(tmp_path)
+    (tmp_path / "run.py").write_text(ONE_PROCESS)
+    tokens = some_tokens(2, 120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, tmp_path / "run.py", tmp_path, json.dumps(tokens.tolist()), tmp_path / "out"],
+                   check=True, timeout=120, env=environment())
+    expected = model.generate(tokens, max_new_tokens=12, **GREEDY).tolist()
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"out{rank}").read_text()) == [[2], expected]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(address, folder) of the library's server with a tiny HiP model, one word per token."""
+    kept = tiny()
+    kept.config.hip = vars(SMALL)
+    kept.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(256)}))
+    words.pre_tokenizer = WhitespaceSplit()
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template).save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [str(tmp_path), "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen([sys.executable, HERE / "hip_serve.py", *options], env=environment()) as process:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1", str(tmp_path)
+        process.terminate()
+
+
+def test_the_librarys_server_answers_two_clients_at_once_streamed_and_not(server, model):
+    address, folder = server
+    texts, answers = [some_tokens(150, seed=seed).tolist() for seed in (0, 1)], {}
+
+    def ask(i, stream):
+        import openai  # no other test needs it
+
+        with openai.OpenAI(base_url=address, api_key="none") as client:
+            message = dict(role="user", content=" ".join(f"w{token}" for token in texts[i]))
+            answer = client.chat.completions.create(model=folder, messages=[message], max_tokens=20,
+                                                    temperature=0, stream=stream)
+            parts = [x.choices[0].delta for x in answer] if stream else [answer.choices[0].message]
+            answers[i, stream] = "".join(part.content or "" for part in parts), len(parts)
+
+    together([lambda i=i, stream=stream: ask(i, stream) for i in (0, 1) for stream in (True, False)])
+    for i, text in enumerate(texts):
+        expected = model.generate(torch.tensor([text]), max_new_tokens=20, **GREEDY)[0, 150:].tolist()
+        for stream in (True, False):
+            answer, parts = answers[i, stream]
+            assert answer.split() == [f"w{token}" for token in expected] and (parts > 10) == stream
+
+
+def test_the_default_model_as_a_transformers_folder_finds_the_passkey(tmp_path):
+    ours, tokenizer = llama.load()
+    c = ours.config
+    config = LlamaConfig(
+        hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, head_dim=c.head_size,
+        num_key_value_heads=c.kv_heads, intermediate_size=c.hidden, vocab_size=c.vocabulary, pad_token_id=0,
+        max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), hip=dict(top_k=128, window=64))
+    theirs = LlamaForCausalLM(config).to(ours.dtype)
+    theirs.model.load_state_dict(ours.weights)
+    theirs.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hip")
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    text, key = command.make_passkey(tokenizer, 1500, 0.4, seed=7)
+    prompt = words(text, return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert key in words.decode(answer)
