@@ -152,8 +152,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--prefill-chunk must be a multiple of {cfg.block_q}, not {options.prefill_chunk}")
     offload = None
     if options.offload:
-        if options.attention not in ("hip", "streaming"):
-            raise ValueError(f"--offload works with --attention hip or streaming, not {options.attention}")
+        if options.attention == "dense":
+            raise ValueError("--offload works with every --attention but dense")
         offload = dict(store=options.offload, folder=options.offload_dir,
                        resident_tokens=options.resident_tokens)
     elif options.offload_dir is not None or options.resident_tokens is not None:
@@ -184,6 +184,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"note: {len(tokens)} prompt tokens and {options.max_new_tokens} new ones are more than the "
               f"{trained} that the model was trained to read: {remedy}", file=sys.stderr)
 
+    if offload and kernels is not hip and cfg.rope_clip is not None:
+        raise ValueError("--offload with --attention hip-triton cannot clip positions: use --attention hip "
+                         "or --rope-clip off")
     started = time.perf_counter()
     context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels, offload=offload)
     with tqdm(total=len(tokens), unit="token", desc="prompt", leave=False) as bar:

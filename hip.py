@@ -652,13 +652,17 @@ class Paged:
     ndim = 4
 
     def __init__(self, bank: Bank, part: int, shape: tuple[int, ...], group: int):
-        self.bank, self.store, self.shape, self.group = bank, bank.store[part], shape, group
+        self.bank, self.part, self.shape, self.group, self.store = bank, part, shape, group, bank.store[part]
         self.block, self.stride = bank.block, bank.stride
         self.dtype, self.device = self.store.dtype, bank.rows[0].device
 
     def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
         """As `Blocks.take`; from a bank of keys and values both, whichever this stands for."""
         return self.bank.take(head // self.group, blocks.clamp(max=(self.shape[2] - 1) // self.block))
+
+    def first(self, tokens: int) -> Paged:
+        """The first `tokens` of them."""
+        return Paged(self.bank, self.part, (*self.shape[:2], tokens, self.shape[3]), self.group)
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """Tokens (B, Hkv, length, D) straight from the store, as `torch.narrow` does it; dim must be 2."""
@@ -676,7 +680,7 @@ def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tu
     tokens at the same places as in the whole cache.  selection: with NQ = 1.
     """
     (B, Hkv, Tk, D), lo, start = k.shape, -(-cfg.sink // cfg.block_k), int(selection.window_start)
-    chosen = selection.blocks.view(B * Hkv, -1).long()  # (heads, group * M)
+    chosen = selection.blocks.reshape(B * Hkv, -1).long()  # (heads, group * M)
     if start == lo * cfg.block_k:  # none: then sink and window stay at their places
         chosen = chosen[:, :0]
     device, behind = chosen.device, lo + chosen.shape[1]
@@ -686,8 +690,10 @@ def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tu
     parts = k.bank.take(torch.arange(len(chosen), device=device), blocks.clamp(max=(Tk - 1) // cfg.block_k))
     end = Tk + behind * cfg.block_k - start
     k, v = (x.view(B, Hkv, -1, D)[:, :, :end] for x in parts)
-    place = lo + torch.arange(chosen.shape[1], dtype=torch.int32, device=device).expand_as(chosen)
-    place = place.where(chosen >= 0, -1).view(*selection.blocks.shape[:3], -1)
+    place = selection.blocks
+    if chosen.shape[1]:
+        place = lo + torch.arange(chosen.shape[1], dtype=torch.int32, device=device).expand_as(chosen)
+        place = place.where(chosen >= 0, -1).view_as(selection.blocks)
     return k, v, Selection(place, torch.full_like(selection.window_start, behind * cfg.block_k))
 
 

@@ -28,7 +28,8 @@ import math
 
 import torch
 
-from hip import HiPConfig, Rope, Selection, check_inputs, check_rope, check_selection, domain
+import hip
+from hip import HiPConfig, Paged, Rope, Selection, check_inputs, check_rope, check_selection, domain
 
 try:
     import triton
@@ -71,8 +72,8 @@ def load_queries(p_q, s_q, o_row, o_own, m_r, p_cos, p_sin, CLIP: tl.constexpr, 
         p = p_q + o_row[:, None].to(tl.int64) * s_q[2] + o_d[None, :] * s_q[3]
         b_a, b_b = tl.load(p, mask=m_q, other=0.0), tl.load(p + D // 2 * s_q[3], mask=m_q, other=0.0)
         start = tl.min(tl.where(m_r, o_own, NO_BLOCK)) - CLIP
-        o_at = (o_own - tl.maximum(start, 0)).to(tl.int64)[:, None] * (D // 2) + o_d[None, :]
-        o_clip = tl.full([1, 1], CLIP, tl.int64) * (D // 2) + o_d[None, :]
+        o_at = (o_own - tl.maximum(start, 0))[:, None] * (D // 2) + o_d[None, :]  # a table is short: 32 bits
+        o_clip = tl.full([1, 1], CLIP, tl.int32) * (D // 2) + o_d[None, :]
         near_a, near_b = rotate(b_a, b_b, p_cos, p_sin, o_at, m_q)
         far_a, far_b = rotate(b_a, b_b, p_cos, p_sin, o_clip, m_q)
         last = tl.max(tl.where(m_r, o_own, -1))
@@ -94,15 +95,15 @@ def products(b_q, p_k, s_k, o_t, m_t, CLIP: tl.constexpr, D: tl.constexpr):
         b_s = tl.dot(b_q[0], b_k, input_precision="ieee")
     else:
         near_a, near_b, far_a, far_b, o_own, start, last, p_cos, p_sin = b_q
-        o_d = tl.arange(0, near_a.shape[1]).to(tl.int64)
+        o_d = tl.arange(0, near_a.shape[1])
         m_k = m_t[None, :] & (o_d < D // 2)[:, None]
-        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
+        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None].to(tl.int64) * s_k[3]
         b_a, b_b = tl.load(p, mask=m_k, other=0.0), tl.load(p + D // 2 * s_k[3], mask=m_k, other=0.0)
         b_s = tl.zeros([near_a.shape[0], o_t.shape[0]], tl.float32)
         if tl.min(tl.where(m_t, o_t, NO_BLOCK)) <= last - CLIP:
             b_s = tl.dot(far_b, b_b, tl.dot(far_a, b_a, input_precision="ieee"), input_precision="ieee")
         if tl.max(tl.where(m_t, o_t, -1)) > start:
-            o_at = (o_t - tl.maximum(start, 0)).to(tl.int64)[None, :] * (D // 2) + o_d[:, None]
+            o_at = (o_t - tl.maximum(start, 0))[None, :] * (D // 2) + o_d[:, None]
             m_at = m_k & ((o_t > start) & (o_t <= last))[None, :]
             b_ta, b_tb = rotate(b_a, b_b, p_cos, p_sin, o_at, m_at)
             b_n = tl.dot(near_b, b_tb, tl.dot(near_a, b_ta, input_precision="ieee"), input_precision="ieee")
@@ -244,9 +245,14 @@ def search_kernel(p_q, p_k, p_previous, p_blocks, p_cos, p_sin, s_q, s_k, Tq, Tk
 
 def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
                   rope: Rope | None = None) -> Selection:
-    """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`."""
+    """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`.
+
+    From an offloaded cache the search goes round by round, by hip.py, for each round may need other pages.
+    """
     check_inputs(q, k)
     check_device(q, previous or (), "previous")
+    if isinstance(k, Paged):
+        return hip.select_blocks(q, k, cfg, previous, rope=rope)
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
     check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
     hi = domain(Tq, Tk, cfg, q.device)[1]
@@ -426,19 +432,43 @@ def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr, BLOC
 
 def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
                      *, scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
-    """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`."""
+    """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`.
+
+    From an offloaded cache query block by query block; ValueError with rope, which hip.py can do there.
+    """
     check_inputs(q, k, v)
     check_device(q, selection, "selection")
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    (B, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
     NQ = -(-Tq // cfg.block_q)
     check_selection(selection, B, H, NQ, "selection")
     check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
+    split = NQ == 1 and H // Hkv * Tq <= SPLIT_ROWS
+    if not isinstance(k, Paged):
+        return launch(q, k, v, selection, cfg, scale, rope, split)
+    if rope is not None:
+        raise ValueError("rope must be None with an offloaded cache, whose pages have no positions here")
+    parts = []
+    for i in range(NQ):
+        rows = slice(i * cfg.block_q, min(Tq, (i + 1) * cfg.block_q))
+        one = Selection(selection.blocks[:, :, i : i + 1], selection.window_start[i : i + 1])
+        past = (x.first(Tk - Tq + rows.stop) for x in (k, v))
+        parts.append(launch(q[:, :, rows], *hip.side_by_side(*past, one, cfg), cfg, scale, None, split))
+    return torch.cat(parts, 2)
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
+           scale: float | None, rope: Rope | None, split: bool) -> torch.Tensor:
+    """The kernels of sparse_attention; split: share out the keys of the only query block."""
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    NQ = selection.blocks.shape[2]
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
+    if not blocks.shape[3]:  # a kernel wants one at least
+        blocks = blocks.new_full((B, H, NQ, 1), -1)
     M, scale = blocks.shape[3], (D**-0.5 if scale is None else scale) / math.log(2)  # for powers of two
     o = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device)
     more = *table(rope), q.stride(), k.stride(), v.stride(), Tq, Tk, scale
     with torch.cuda.device_of(q):
-        if NQ > 1 or H // Hkv * Tq > SPLIT_ROWS:
+        if not split:
             constants = attention_constants(cfg, H, Hkv, D, q.dtype, M)
             grid = (NQ * -(-cfg.block_q // constants["ROWS"]), H, B)
             attention_kernel[grid](q, k, v, blocks, start, o, *more, **constants)
@@ -467,20 +497,23 @@ SPLIT_ROWS = 64  # query rows of a KV head up to which keys are split; more are 
 SPLIT_TOKENS = 128  # keys of one program of split_kernel
 
 
-def tiles(D: int, dtype: torch.dtype) -> dict:
+def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
     """Keys of a tile and warps of a program, by head size and dtype: small enough that no register spills."""
     BLOCK_D = triton.next_power_of_2(D)
     if dtype == torch.float32:  # no matrix units: products keep their operands in registers
         tile, warps = 32 if BLOCK_D == 32 else 16, 4 if BLOCK_D < 128 else 8
         return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=1)
     tile, warps = (64, 4) if BLOCK_D < 128 else (32, 4) if BLOCK_D < 256 else (32, 8)
+    if cfg.rope_clip is not None:  # twice the queries and keys to hold
+        return dict(BLOCK_D=BLOCK_D, TILE=32 if BLOCK_D < 128 else 16, num_warps=8, num_stages=1)
     return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=2)
 
 
 def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int) -> dict:
     """Constants and options of search_kernel; previous: blocks of a previous selection, 0 for none."""
-    small = dtype != torch.float32 and D <= 128  # one warp: sorts without barriers, twice as fast on an H200
-    sizes = tiles(D, dtype) | (dict(TILE=32, num_warps=1, num_stages=3) if small else {})
+    # one warp where that has the registers: sorts without barriers, twice as fast on an H200
+    small = dtype != torch.float32 and D <= 128 and cfg.rope_clip is None
+    sizes = tiles(D, dtype, cfg) | (dict(TILE=32, num_warps=1, num_stages=3) if small else {})
     sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
     rows = max(16, triton.next_power_of_2(cfg.block_q // cfg.stride_q))
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
@@ -492,10 +525,12 @@ def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtyp
 def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int) -> dict:
     """Constants and options of attention_kernel; M: blocks of the selection."""
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
-    most = 64 if dtype != torch.float32 else 32 if D <= 64 else 16
+    most = 16 if D > 64 else 32
+    if dtype != torch.float32:
+        most = 64 if cfg.rope_clip is None else most
     rows = min(most, max(16, cfg.block_q))
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
-                SINK=sink, M=M, ROWS=rows, **tiles(D, dtype))
+                SINK=sink, M=M, ROWS=rows, **tiles(D, dtype, cfg))
 
 
 def split_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int, Tq: int) -> dict:
@@ -504,7 +539,7 @@ def split_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_K=cfg.block_k, SINK=sink, M=M,
                 LOCAL=triton.cdiv(sink + cfg.window + cfg.block_k, SPLIT_TOKENS),
                 CHOSEN=triton.cdiv(M * cfg.block_k, SPLIT_TOKENS),
-                ROWS=max(16, triton.next_power_of_2(H // Hkv * Tq)), **tiles(D, dtype))
+                ROWS=max(16, triton.next_power_of_2(H // Hkv * Tq)), **tiles(D, dtype, cfg))
 
 
 def merge_constants(D: int, parts: int) -> dict:

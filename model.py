@@ -531,7 +531,8 @@ class Context:
         if self.decoded > 0:
             return self.selection[layer]
         tail, self.tail[layer] = self.tail[layer], None
-        cfg = replace(self.cfg, block_q=max(self.cfg.block_q, MEMORY_QUERIES))  # all of them one query block
+        # all of them, the last one above all, in one query block
+        cfg = replace(self.cfg, block_q=max(self.cfg.block_q, MEMORY_QUERIES), stride_q=1)
         return hip.oracle_blocks(tail, self.search_keys(layer, self.length - 1), cfg, rope=self.rope)
 
 

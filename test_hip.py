@@ -813,6 +813,21 @@ def test_triton_selects_exactly_what_the_reference_selects(kernels, case, rememb
 
 
 @needs_triton
+@pytest.mark.parametrize("Tq", [1, 16, 21])
+@pytest.mark.parametrize("Tk, sink", [(200, 10), (60, 40), (200, 0)])
+def test_triton_attention_from_an_offloaded_cache_changes_no_bit(kernels, Tq, Tk, sink):
+    cfg = HiPConfig(top_k=16, block_k=4, block_q=16, stride_q=2, sink=sink, window=9)
+    g = torch.Generator().manual_seed(Tq)
+    q, k, v = (tensor(g, "normal", 2, h, T, 32).to(DEVICE) for h, T in ((4, Tq), (2, Tk), (2, Tk)))
+    cache = hip.OffloadedKVCache((1, 2, 2, Tk, 32), 4, cfg, k.dtype, DEVICE)
+    cache.append(0, k, v)
+    selection = kernels.select_blocks(q, cache.search_keys(0), cfg)
+    assert torch.equal(selection.blocks, select_blocks(q, k, cfg).blocks)
+    o = kernels.sparse_attention(q, cache.keys(0), cache.values(0), selection, cfg)
+    assert torch.equal(o, kernels.sparse_attention(q, k, v, selection, cfg))
+
+
+@needs_triton
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_triton_remembers_what_the_reference_remembers(kernels, width):
     # two nodes for 70 blocks: many rounds, and what is remembered matters
@@ -902,7 +917,8 @@ def test_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
 @needs_triton
 def test_triton_kernels_compile_for_real_chips_without_spilling():
     # a sample; extras/compile_report.py without arguments compiles all of them
-    command = [sys.executable, "extras/compile_report.py", "--dtype", "bfloat16", "--dim", "64", "128"]
+    command = [sys.executable, "extras/compile_report.py", "--dtype", "bfloat16", "--dim", "64", "128",
+               "--kernel", "search", "attention", "split", "merge"]
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=plain, cwd=HERE)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -1219,7 +1235,7 @@ def test_decoding_searches_every_refresh_interval_and_remembers_the_selection_be
             assert call.previous is calls[i - layers].result
         else:  # the tail of 5 and the piece before it
             end = torch.cat([n.q for n in notes if n.layer == i and n.q.shape[2] > 1], 2)[:, :, -16:]
-            one_block = HiPConfig(**vars(cfg) | dict(block_q=16))
+            one_block = HiPConfig(**vars(cfg) | dict(block_q=16, stride_q=1))
             exact = hip.oracle_blocks(end, call.k[:, :, :334], one_block)
             assert torch.equal(call.previous.blocks, exact.blocks) and (exact.blocks >= 0).all()
 
@@ -1327,7 +1343,7 @@ BAD = {
     "--seed must be": ["--prompt", "a", "--seed", -1],
     "--passkey-depth": ["--make-passkey", 9, "--passkey-depth", 2],
     "--make-passkey needs at least": ["--make-passkey", 9], "--chat needs": ["--prompt", "a", "--chat"],
-    "--offload works with --attention hip or streaming, not dense":
+    "--offload works with every --attention but dense":
         ["--prompt", "a", "--offload", "host", "--attention", "dense"],
     "--offload-dir and --resident-tokens must come with": ["--prompt", "a", "--resident-tokens", 99],
     "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],

@@ -2,7 +2,7 @@
 
     python extras/bench.py                                       # attention alone, 4k to 32k
     python extras/bench.py --max-tokens 262144 --seconds 300     # to 256k; a dense call may take five minutes
-    python extras/bench.py --model --max-tokens 32768            # the whole model
+    python extras/bench.py --model --repeats 2 --seconds 500     # the whole model
     python extras/bench.py --device cuda --inputs local normal --heads 32 8 --head-size 128
 
 Prints Markdown tables, or --json, and draws a picture.  Every row is kept in --out once it is there, so that
@@ -78,7 +78,7 @@ def first_run(run: Callable, device: str) -> tuple[float, int | None]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         seconds = seconds_of(run, device)
-        return seconds, torch.cuda.max_memory_allocated() - before
+        return seconds, (torch.cuda.max_memory_allocated() - before) or None  # of a graph nobody knows
     with suppress(OSError, AttributeError):  # elsewhere than on Linux
         ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would hide what is used now
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
@@ -281,10 +281,9 @@ def median(run: dict) -> float:
     return statistics.median(run["times"])
 
 
-def columns(runs: dict, phase: str, T: int, above: tuple[int, dict]) -> dict[str, str]:
+def columns(runs: dict, phase: str, unit: str, T: int, above: tuple[int, dict]) -> dict[str, str]:
     """A row of the table.  above: length and runs of the row above with the same inputs."""
     ways = {"hip": "HiP"} if phase == "prefill" else {f"refresh {r}": f"HiP, refresh {r}" for r in REFRESH}
-    unit, scale = ("s", 1) if phase == "prefill" else ("ms", 1000)
 
     def each(show: Callable) -> str:
         """Of dense attention and of HiP, with the longest refresh interval."""
@@ -296,7 +295,7 @@ def columns(runs: dict, phase: str, T: int, above: tuple[int, dict]) -> dict[str
 
     row = {}
     for x, title in ({"dense": "dense"} | ways).items():
-        times = [scale * time for time in runs[x]["times"]] if x in runs else []
+        times = [time * (1000 if unit == "ms" else 1) for time in runs[x]["times"]] if x in runs else []
         digits = max(0, 2 - math.floor(math.log10(min(times)))) if times else 0
         spread = f"{min(times):.{digits}f}-{max(times):.{digits}f}" if len(times) > 1 else "once"
         row[f"{title}, {unit}"] = f"{statistics.median(times):.{digits}f} ({spread})" if times else "not run"
@@ -313,11 +312,12 @@ def columns(runs: dict, phase: str, T: int, above: tuple[int, dict]) -> dict[str
 def show(records: list[dict]) -> None:
     """A table for prefill, one for decoding."""
     for phase in ("prefill", "decoding"):
-        rows, above = [], {}
-        for record in (x for x in records if x["settings"]["phase"] == phase):
+        rows, above, mine = [], {}, [x for x in records if x["settings"]["phase"] == phase]
+        unit = "s" if max(median(run) for x in mine for run in x["runs"].values()) > 0.5 else "ms"
+        for record in mine:
             T, kind, runs = record["settings"]["tokens"], record["settings"]["inputs"], record["runs"]
             rows.append({"tokens": f"{T:,}", "inputs": kind}
-                        | columns(runs, phase, T, above.get(kind, (T, {}))))
+                        | columns(runs, phase, unit, T, above.get(kind, (T, {}))))
             above[kind] = T, runs
         print(f"\n{phase}\n\n" + table([*rows[0]], [[*row.values()] for row in rows]))
     product, copy = (statistics.median(x["ceilings"][i] for x in records) / 1e9 for i in ("matmul", "copy"))
@@ -385,8 +385,8 @@ def main() -> None:
         options.dtype = getattr(torch, options.dtype or default)
     options.ceilings = ceilings(options.device, options.dtype)
     shape = [] if options.model else [options.heads, options.head_size, options.batch]
-    results = measuring.Results(options.out, "bench", model=options.model, config=vars(cfg), shape=shape,
-                                dtype=str(options.dtype), device=measuring.device_name(options.device))
+    results = measuring.Results(options.out, "bench", options.device, model=options.model, config=vars(cfg),
+                                shape=shape, dtype=str(options.dtype))
 
     records, dense_before = [], {}
     for T, kind in tqdm([(T, kind) for T in lengths for kind in kinds], desc="lengths and inputs"):

@@ -462,8 +462,8 @@ def main() -> None:
     base = measuring.configure(HiPConfig(), options.set)
     settle(options, base)
     model, tokenizer = load(options.model, getattr(torch, options.dtype or "", None), options.device)
-    results = measuring.Results(options.out, "evaluate", model=options.model, dtype=str(model.dtype),
-                                device=measuring.device_name(options.device))
+    results = measuring.Results(options.out, "evaluate", options.device, model=options.model,
+                                dtype=str(model.dtype))
     # a job measures one method, but for coverage, which reads the text once for all
     groups, cases, details, text = [[name] for name in options.methods], [{}], {}, []
     kind = "needles" if options.measure == "passkey" else options.measure

@@ -29,16 +29,17 @@ from model import Context, Llama, Tokenizer  # noqa: E402
 class Results:
     """Records by their settings, in a file of JSON lines; what stands there need not be measured again.
 
-    Settings hold the machine, the versions and a hash of the code: no stale number is taken for a new one.
+    Settings hold the machine, the versions and a hash of the code that runs, so no stale number is taken.
     """
 
-    def __init__(self, folder: str, name: str, **common: object):
+    def __init__(self, folder: str, name: str, device: str, **common: object):
         self.path = Path(folder) / f"{name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        files = (ROOT / name for name in ("hip.py", "hip_triton.py", "model.py"))
-        code = "".join(ast.dump(ast.parse(file.read_text())) for file in files)  # without comments and layout
+        files = sorted({"hip.py", "model.py", f"{kernels_for(device).__name__}.py"})
+        code = "".join(ast.dump(ast.parse((ROOT / file).read_text())) for file in files)  # without comments
         self.common = {"code": hashlib.sha256(code.encode()).hexdigest()[:12], "torch": torch.__version__,
-                       "python": platform.python_version(), "cores": torch.get_num_threads()} | common
+                       "python": platform.python_version(), "threads": torch.get_num_threads(),
+                       "device": device_name(device)} | common
         self.known, old = {}, self.path.read_text() if self.path.exists() else ""
         for line in old.splitlines():
             try:

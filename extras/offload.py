@@ -45,7 +45,8 @@ def chunk(layer: int, start: int, tokens: int, dtype: torch.dtype) -> tuple[torc
 
 def fill(cache: OffloadedKVCache, layer: int, tokens: int, dtype: torch.dtype) -> None:
     for start in range(0, tokens, CHUNK):
-        cache.append(layer, *chunk(layer, start, min(CHUNK, tokens - start), dtype))
+        new = chunk(layer, start, min(CHUNK, tokens - start), dtype)
+        cache.append(layer, *(x.to(cache.banks[layer][0].rows[0].device) for x in new))
 
 
 def decoding(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
