@@ -66,7 +66,7 @@ MUTANTS = [  # name, text that stands once in hip_triton.py, text in its place
     ("causal mask off by one",
      "o_t < end, o_t[None, :] <= o_own[:, None]", "o_t < end, o_t[None, :] < o_own[:, None]"),
     ("no causal mask in decoding",
-     "o_t < Tk, o_t[None, :] <= (o_row + Tk - Tq)[:, None]", "o_t < Tk, (o_t < Tk)[None, :]"),
+     "o_t < Tk, o_t[None, :] <= o_own[:, None]", "o_t < Tk, (o_t < Tk)[None, :]"),
     ("later values are loaded",
      "o_t < end, o_t[None, :]", "o_t < end + TILE, o_t[None, :]"),
     ("padding of a selection counts as block 0",
