@@ -86,7 +86,7 @@ def read(row: tuple, q: Tensor, past: Callable, T: int, cfg: HiPConfig, scale: f
         search_keys, k, v = past(T)
         if step % cfg.refresh_interval == 0:
             if tail is not None:  # the first memory is the exact selection of the prompt's end
-                one_block = replace(cfg, block_q=max(cfg.block_q, MEMORY_QUERIES))
+                one_block = replace(cfg, block_q=max(cfg.block_q, MEMORY_QUERIES), stride_q=1)
                 selection = hip.oracle_blocks(tail, past(T - 1)[0], one_block)
             selection = lib.select_blocks(q, search_keys, cfg, selection if cfg.memory else None)
         return lib.sparse_attention(q, k, v, selection, cfg, scale=scale), (None, selection, step + 1)
