@@ -18,6 +18,7 @@ demo: install
 test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q extras  # by itself: these tests must not import Triton before the interpreter is asked for
 
 picture: install
 	$(RUN) extras/draw_tree.py
