@@ -20,10 +20,13 @@ test: install
 	$(RUN) -m pytest -q
 	$(RUN) -m pytest -q extras  # by itself: these tests must not import Triton before the interpreter is asked for
 
+notebooks: install
+	$(RUN) notebooks/build.py 1_locality 2_pruning_tree
+
 picture: install
 	$(RUN) extras/draw_tree.py
 
 clean:
 	rm -rf .venv passkey.txt
 
-.PHONY: install demo test picture clean
+.PHONY: install demo test notebooks picture clean

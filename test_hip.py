@@ -813,6 +813,24 @@ def test_triton_selects_exactly_what_the_reference_selects(kernels, case, rememb
 
 
 @needs_triton
+@pytest.mark.parametrize("clip", [7, 40, 1000])
+@pytest.mark.parametrize("Tq", [1, 21])
+def test_triton_clips_positions_as_the_reference_does(kernels, clip, Tq):
+    cfg = HiPConfig(top_k=16, block_k=4, block_q=16, stride_q=2, sink=3, window=9, rope_clip=clip)
+    g = torch.Generator().manual_seed(clip + Tq)
+    q, k, v = (tensor(g, "whole", 1, h, T, 32) for h, T in ((2, Tq), (1, 110), (1, 110)))
+    cos, sin = rotary_table(min(110, clip + 16), 32, quarters=True)
+
+    def found(module, q, k, v, *rope):
+        selection = module.select_blocks(q, k, cfg, rope=rope)
+        o = module.sparse_attention(q, k, v, selection, cfg, rope=rope)
+        return torch.cat([selection.blocks.flatten(), o.flatten()])
+
+    o = on_device(lambda *x: found(kernels, *x), q, k, v, cos, sin)
+    torch.testing.assert_close(o, found(hip, q, k, v, cos, sin), atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
 @pytest.mark.parametrize("Tq", [1, 16, 21])
 @pytest.mark.parametrize("Tk, sink", [(200, 10), (60, 40), (200, 0)])
 def test_triton_attention_from_an_offloaded_cache_changes_no_bit(kernels, Tq, Tk, sink):
