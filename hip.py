@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 # gathered keys of one piece of work, in bytes: few enough to stay in a CPU's cache between gather and
 # product, enough to keep its matrix units busy
-PIECE_BYTES = 3 << 20
+PIECE_BYTES = 2 << 20
 NO_BLOCK = 2**31 - 1  # sorts behind every block; leaves this file as -1
 
 
@@ -149,6 +149,7 @@ class Blocks:
 
     def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor):
         self.block, self.stride, self.parts = block_k, stride, []
+        self.room = [x.new_empty(0) for x in tensors]
         for x in tensors:
             B, H, T, D = x.shape
             if x.stride(3) != 1 or x.stride(2) != D or x.stride(1) % D or x.stride(0) % D:
@@ -165,16 +166,23 @@ class Blocks:
     def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
         """Every stride-th key of blocks (G, C) of heads (G,), numbered through B * H: (G, C, keys, D) each.
 
-        A token past the end is the last token once more.
+        A token past the end is the last token once more.  The result is good until the next call.
         """
         taken = []
-        for first, tokens, whole, T in self.parts:
+        for i, (first, tokens, whole, T) in enumerate(self.parts):
             start, head_row = blocks * self.block, first[head, None]
             if int(start.max()) + self.block <= T:
-                x = whole.index_select(0, (head_row + start).flatten())
+                rows, row = whole, head_row + start
             else:
                 token = (start[..., None] + torch.arange(self.block, device=blocks.device)).clamp(max=T - 1)
-                x = tokens.index_select(0, (head_row[..., None] + token).flatten())
+                rows, row = tokens, head_row[..., None] + token
+            size, row = row.numel() * rows.shape[1], row.flatten()
+            if torch.is_grad_enabled() and rows.requires_grad:
+                x = rows.index_select(0, row)
+            else:  # into the same memory each time: fresh pages cost the system more time than the copy
+                if len(self.room[i]) < size:
+                    self.room[i] = rows.new_empty(size)
+                x = torch.index_select(rows, 0, row, out=self.room[i][:size].view(len(row), -1))
             taken.append(x.view(*blocks.shape, self.block, -1)[:, :, :: self.stride])
         return taken
 
@@ -248,10 +256,13 @@ def block_scores(q: torch.Tensor, own: torch.Tensor, k: Blocks | Paged, head: to
     (G, C), scores = blocks.shape, []
     in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=q.device)
     for g in pieces(G, PIECE_BYTES // (4 * C * len(in_block) * q.shape[2]), q.device):
-        (keys,) = k.take(head[g], blocks[g])  # (G, C, keys, D)
-        tokens = (blocks[g, :, None] * cfg.block_k + in_block).flatten(1)
-        s = products(q[g], keys.flatten(1, 2).float(), own[g], tokens, cfg, rope)  # (G, R, C * keys)
-        scores.append(s.amax(1).view(*blocks[g].shape, -1).amax(-1))
+        keys = k.take(head[g], blocks[g])[0].flatten(1, 2).float()  # (G, C * keys, D)
+        if rope is None:  # rows of keys, so that the maximum runs along memory
+            s = keys @ q[g].transpose(1, 2)  # (G, C * keys, R)
+        else:
+            tokens = (blocks[g, :, None] * cfg.block_k + in_block).flatten(1)
+            s = products(q[g], keys, own[g], tokens, cfg, rope).amax(1)  # (G, C * keys)
+        scores.append(s.view(*blocks[g].shape, -1).amax(-1))
     return finite(torch.cat(scores))
 
 
@@ -440,8 +451,9 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         tokens = (blocks[..., None] * cfg.block_k + in_block).flatten(1)  # (G, L) positions looked at
         b_k, b_v = (x.flatten(1, 2) for x in past.take(head, blocks))  # (G, L, D)
         s = products(rows[g].float() * scale, b_k.float(), own[i], tokens, cfg, rope)  # (G, R, L)
-        # causal mask: only for the window, unless a short text's sink reaches into it
-        masked = (lo + M) * cfg.block_k if int((own[i, 0] - selection.window_start[i]).min()) >= 0 else 0
+        # causal mask: only behind the first query, unless a short text's sink reaches into the window
+        seen = int((own[i, 0] - selection.window_start[i]).min())
+        masked = (lo + M) * cfg.block_k + seen + 1 if seen >= 0 else 0
         later = tokens[:, None, masked:] > own[i][:, :, None]
         s[:, :, masked:].masked_fill_(later, -math.inf)
         if (chosen < 0).any():

@@ -531,9 +531,18 @@ class Context:
         if self.decoded > 0:
             return self.selection[layer]
         tail, self.tail[layer] = self.tail[layer], None
-        # all of them, the last one above all, in one query block
-        cfg = replace(self.cfg, block_q=max(self.cfg.block_q, MEMORY_QUERIES), stride_q=1)
-        return hip.oracle_blocks(tail, self.search_keys(layer, self.length - 1), cfg, rope=self.rope)
+        return first_memory(tail, self.search_keys(layer, self.length - 1), self.cfg, self.rope)
+
+
+def first_memory(tail: torch.Tensor, k: torch.Tensor | Paged, cfg: HiPConfig,
+                 rope: hip.Rope | None = None) -> Selection:
+    """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
+
+    As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must not
+    give way to what the others need.
+    """
+    blocks, start = hip.oracle_blocks(tail, k, replace(cfg, block_q=1, stride_q=1), rope=rope)
+    return Selection(blocks.flatten(2)[:, :, None], start[-1:])
 
 
 def generate(context: Context, hidden: torch.Tensor, max_new_tokens: int, eos: set[int],

@@ -72,19 +72,27 @@ def exactly(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
     return hip.oracle_blocks(q, k, cfg, **more)
 
 
-def from_memory(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
-    """Decoding: what the prompt's tail chose, for ever.  Without a memory, in a prompt: the search."""
+def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> Selection:
+    """Decoding: the best of what the prompt's tail chose, for ever.  In a prompt: the search."""
     if previous is None:
-        return kernels.select_blocks(q, k, cfg, **more)
-    return Selection(previous.blocks, hip.domain(q.shape[2], k.shape[2], cfg, q.device)[1] * cfg.block_k)
+        return kernels.select_blocks(q, k, cfg, rope=rope)
+    (B, H, Tq, _), Tk, old = q.shape, k.shape[2], previous.blocks.flatten(0, 2).long()
+    keys = hip.key_blocks(H, cfg.block_k, cfg.stride_k, k)
+    head, own = torch.arange(B * H, device=q.device), hip.row_positions(Tq, Tk, cfg, q.device)
+    scores = hip.block_scores(hip.query_blocks(q, cfg).float(), own.expand(B * H, -1), keys, head,
+                              old.clamp(min=0), cfg, rope)
+    blocks = hip.merge(old.where(old >= 0, hip.NO_BLOCK), scores, cfg.budget).view(B, H, 1, -1)
+    return Selection(blocks.where(blocks != hip.NO_BLOCK, -1).int(),
+                     hip.domain(Tq, Tk, cfg, q.device)[1] * cfg.block_k)
 
 
-def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
+def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> Selection:
     """As `from_memory`, but in a prompt nothing is chosen: sink and window, then the dense tail."""
-    if previous is None:
-        previous = hip.random_blocks(q, k, cfg)
-        previous = Selection(torch.full_like(previous.blocks, -1), previous.window_start)
-    return from_memory(kernels, q, k, cfg, previous)
+    if previous is not None:
+        return from_memory(kernels, q, k, cfg, previous, rope=rope)
+    _, hi = hip.domain(q.shape[2], k.shape[2], cfg, q.device)
+    none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
+    return Selection(none, hi * cfg.block_k)
 
 
 METHODS = {  # a new method is a line here
