@@ -538,8 +538,8 @@ def first_memory(tail: torch.Tensor, k: torch.Tensor | Paged, cfg: HiPConfig,
                  rope: hip.Rope | None = None) -> Selection:
     """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
 
-    As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must not
-    give way to what the others need.
+    As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must
+    not give way to what the others need.
     """
     blocks, start = hip.oracle_blocks(tail, k, replace(cfg, block_q=1, stride_q=1), rope=rope)
     return Selection(blocks.flatten(2)[:, :, None], start[-1:])
