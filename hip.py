@@ -503,6 +503,9 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     """Causal attention over everything, the oracle: torch's own.  Shapes as `sparse_attention`."""
     check_inputs(q, k, v)
     (_, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
+    if Tq == 1 and H != Hkv:  # heads that share keys as rows of one product: many times faster on a CPU
+        rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
+        return F.scaled_dot_product_attention(rows, k, v, scale=scale).view_as(q)
     mask = None
     if 1 < Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu_(Tk - Tq + 1)

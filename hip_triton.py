@@ -75,8 +75,9 @@ def load_queries(p_q, s_q, o_row, o_own, m_r, p_cos, p_sin, CLIP: tl.constexpr, 
         o_at = (o_own - tl.maximum(start, 0))[:, None] * (D // 2) + o_d[None, :]  # a table is short: 32 bits
         o_clip = tl.full([1, 1], CLIP, tl.int32) * (D // 2) + o_d[None, :]
         near_a, near_b = rotate(b_a, b_b, p_cos, p_sin, o_at, m_q)
-        far_a, far_b = rotate(b_a, b_b, p_cos, p_sin, o_clip, m_q)
         last = tl.max(tl.where(m_r, o_own, -1))
+        # where nothing is far the table may be too short for it
+        far_a, far_b = rotate(b_a, b_b, p_cos, p_sin, o_clip, m_q & (last >= CLIP))
         b_q = (near_a, near_b, far_a, far_b, o_own, start, last, p_cos, p_sin)
     return b_q
 

@@ -760,6 +760,7 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 few = settings(max_examples=12, phases=[Phase.generate])  # shrinking takes minutes in the interpreter
+fewer = settings(few, max_examples=12 if GPU else 6)
 
 
 @pytest.fixture(scope="module")
@@ -828,6 +829,34 @@ def test_triton_clips_positions_as_the_reference_does(kernels, clip, Tq):
 
     o = on_device(lambda *x: found(kernels, *x), q, k, v, cos, sin)
     torch.testing.assert_close(o, found(hip, q, k, v, cos, sin), atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
+@fewer
+@given(kernel_cases(families=("whole", "constant")), st.sampled_from([1, 7, 40, 1000]), st.booleans())
+def test_triton_with_clipped_positions_selects_what_the_reference_selects(kernels, case, clip, remember):
+    q, k, _, cfg = case
+    cfg = HiPConfig(**vars(cfg) | dict(rope_clip=clip))
+    rope = rotary_table(min(k.shape[2], clip + cfg.block_q), q.shape[3], quarters=True)
+    previous = wild_selection(q, k, cfg) if remember else None
+    found = on_device(lambda q, k, previous, *rope: kernels.select_blocks(q, k, cfg, previous, rope=rope),
+                      q, k, previous, *rope)
+    assert torch.equal(found.blocks, select_blocks(q, k, cfg, previous, rope=rope).blocks)
+
+
+@needs_triton
+@fewer
+@given(kernel_cases(families=("normal", "spike")), st.sampled_from([1, 7, 40, 1000]), st.integers(0, 9))
+def test_triton_with_clipped_positions_attention_is_naive_rerope(kernels, case, clip, age):
+    q, k, v, cfg = case
+    cfg = HiPConfig(**vars(cfg) | dict(rope_clip=clip))
+    rope = rotary_table(min(k.shape[2], clip + cfg.block_q), q.shape[3])
+    selection = hip.random_blocks(q, k[:, :, : max(q.shape[2], k.shape[2] - age)], cfg)
+    o = on_device(lambda *x: kernels.sparse_attention(*x[:4], cfg, rope=x[4:]), q, k, v, selection, *rope)
+    pairs = scores_of_pairs(q, k, rotary_table(clip + 1, q.shape[3]), clip)
+    exact = attend_naively(q, k, v, selection, cfg, pairs=pairs)
+    loose = 1e-4 if q.dtype == torch.float32 else 0.1  # rotated halves are rounded to the input's dtype
+    torch.testing.assert_close(o.float(), exact, atol=loose, rtol=loose)
 
 
 @needs_triton
