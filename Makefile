@@ -21,7 +21,10 @@ test: install
 	$(RUN) -m pytest -q extras  # by itself: these tests must not import Triton before the interpreter is asked for
 
 notebooks: install
-	$(RUN) notebooks/build.py 1_locality 2_pruning_tree
+	$(RUN) notebooks/build.py
+
+check-notebooks: install
+	$(RUN) notebooks/build.py --check
 
 picture: install
 	$(RUN) extras/draw_tree.py
@@ -29,4 +32,4 @@ picture: install
 clean:
 	rm -rf .venv passkey.txt
 
-.PHONY: install demo test notebooks picture clean
+.PHONY: install demo test notebooks check-notebooks picture clean
