@@ -63,6 +63,30 @@ def seconds_of(run: Callable, device: str) -> float:
     return time.perf_counter() - started
 
 
+def graphed(run: Callable) -> Callable:
+    """run as a CUDA graph: a serving loop does not pay Python for every launch."""
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda run=run: graph.replay()  # run keeps alive the tensors that the graph reads
+
+
+def cold_milliseconds(runs: list[Callable], device: str) -> float:
+    """Median time of runs that differ in their inputs, one after the other; the first warms up.
+
+    On a GPU a GiB is written twice before each: no input is in a cache then, and the host has launched the
+    whole run by the time it begins.  What takes seconds runs twice, all else up to 30 times.
+    """
+    flush = torch.empty(2**30 if device.startswith("cuda") else 0, dtype=torch.int8, device=device)
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 31 and sum(times) + times[-1] < 4):
+        flush.zero_().zero_()
+        times.append(seconds_of(runs[len(times) % len(runs)], device))
+    return 1000 * statistics.median(times[1:])
+
+
 def process_memory(name: str) -> int | None:
     """VmRSS or VmHWM of this process, bytes; None where the system does not tell."""
     with suppress(OSError):
@@ -144,6 +168,29 @@ def products(Tq: int, Tk: int, cfg: HiPConfig) -> tuple[int, int]:
     return count_scores(Tq, Tk, selection, cfg) - attended, attended
 
 
+def needed(B: int, Tq: int, Tk: int, heads: tuple[int, int, int], cfg: HiPConfig, size: int) -> dict:
+    """Operations, and bytes of device memory, that dense attention, search and sparse attention cannot avoid.
+
+    heads: D, H, Hkv; size: bytes of a number.  A pair of query and key costs 2 D operations for q . k, and
+    2 D more where it is attended to.  Dense: all causal pairs; reads q, k, v and writes o, once.  Search:
+    rows that take part times keys of looked-at blocks; reads these rows and keys, writes the selection.
+    Sparse: pairs of sink, selection and window; reads q, and keys and values there, writes o.  Keys count for
+    every query block anew, chosen ones for every query head, others for every key head (query heads look at
+    many of the same); but never more than all once, as in prefill.
+    """
+    (D, H, Hkv), (searched, attended) = heads, products(Tq, Tk, cfg)  # products of one head
+    NQ, rows, top_k = -(-Tq // cfg.block_q), min(Tq, cfg.block_q), cfg.top_k
+    searched += top_k // cfg.stride_k if Tq == 1 else 0  # decoding scores what it remembers as well
+    taking, near = -(-rows // cfg.stride_q), attended / rows - NQ * top_k
+    queries, keys, token = B * H * Tq * D * size, B * Hkv * Tk * D * size, B * D * size
+    looked_at = min(keys, token * Hkv * searched / taking)
+    gathered = min(keys, token * (H * NQ * top_k + Hkv * near))
+    pairs, written = Tq * Tk - Tq * (Tq - 1) // 2, 4 * B * H * NQ * cfg.budget
+    return {"dense": (4 * B * H * D * pairs, 2 * queries + 2 * keys),
+            "search": (2 * B * H * D * searched, queries * taking / rows + looked_at + written),
+            "sparse": (4 * B * H * D * attended, 2 * queries + 2 * gathered)}
+
+
 # --- inputs ------------------------------------------------------------------------------------------------
 
 
@@ -208,9 +255,7 @@ def attention_runs(phase: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     runs = {"dense": lambda: sdpa(last, k, v), "grouped": lambda: sdpa(grouped, k, v)}
     runs |= {f"refresh {count}": partial(steps, count) for count in REFRESH}
     if q.is_cuda:  # as a server would: no Python between the launches
-        from gpu_check import graphed
-
-        runs = {name: partial(graphed(lambda _, run=run: run(), 1), 0) for name, run in runs.items()}
+        runs = {name: graphed(run) for name, run in runs.items()}
     return runs
 
 

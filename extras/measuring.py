@@ -1,4 +1,4 @@
-"""What bench.py and evaluate.py share: options, natural text, results kept through interruptions, tables."""
+"""What the commands here share: options, natural text, results kept through interruptions, tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import hip  # noqa: E402
 from hip import HiPConfig  # noqa: E402
-from model import Context, Llama, Tokenizer  # noqa: E402
+from model import Context, Llama, ModelConfig, Tokenizer  # noqa: E402
 
 
 class Results:
@@ -129,6 +129,18 @@ def natural_text(tokenizer: Tokenizer, tokens: int, skip: int = 0) -> list[int]:
     if len(ids) < skip + tokens:
         raise ValueError(f"the text has {len(ids) - skip} tokens, not {tokens}")
     return ids[skip : skip + tokens]
+
+
+def random_model(dtype: torch.dtype, device: str, **changes: int) -> Llama:
+    """Random weights in the shape of the default model, for times where it is not installed."""
+    config = ModelConfig("llama", width=576, layers=30, heads=9, kv_heads=3, head_size=64, hidden=1536,
+                         vocabulary=49152, context=8192, norm_eps=1e-5, rope_theta=1e5, rope_divisor=(),
+                         tied=True)
+    config, g, weights = replace(config, **changes), torch.Generator().manual_seed(0), {}
+    for name, shape in config.shapes().items():
+        x = torch.randn(shape, generator=g) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
+        weights[name] = x.to(device, dtype)
+    return Llama(config, weights)
 
 
 def stretched(model: Llama, tokens: int) -> Llama:
