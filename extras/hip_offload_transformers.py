@@ -45,7 +45,7 @@ class HiPOffloadedCache(DynamicCache):
             elif type(layer) is not DynamicSlidingWindowLayer:
                 raise ValueError(f"HiPOffloadedCache has no place for layer {i}, which needs a {layer}")
 
-    @not_compiled
+    @not_compiled  # else it is compiled for every layer by itself
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple:
         """The library's: take a layer's new keys and values (B, Hkv, T, D), return what attention gets."""
         if layer_idx == 0:  # nothing of this call is written yet
