@@ -10,10 +10,10 @@
 The rows of a batch are read as by `model.py`, one by one, cut to their real tokens.  Each chunk of a prompt
 has a dense tail, for nobody says which is the last.  Layers with a sliding window of their own keep it.
 
-The library hands over keys and values, but no cache.  The keys *are* the tensor that the cache holds, though:
-what a layer remembers of a generation is an attribute of that tensor, where a hook finds it before the next
-call.  It dies with the cache.  Whatever else touches cached keys (beam search reorders, `crop` cuts) leaves a
-new tensor without it, and the next step searches afresh, without memory.
+The library hands over keys and values, but no cache.  The keys *are* what the cache holds, though, be it a
+tensor or the handle of hip_offload_transformers.py: what a layer remembers of a generation is an attribute of
+that, where a hook finds it before the next call.  It dies with the cache.  Whatever else touches cached keys
+(beam search reorders, `crop` cuts) leaves a new tensor without it, and the next step searches afresh.
 
 Refused: gradients, dropout, bidirectional, cross and chunked attention, masks and biases of one's own, sinks,
 soft-caps, packed sequences, paged caches, assisted generation, prefill in chunks of `dense_tail` or less.
@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -73,30 +72,34 @@ def kernels(device: torch.device) -> ModuleType:
     return importlib.import_module("hip_triton" if fast else "hip")
 
 
-def read(row: tuple, q: Tensor, past: Callable, T: int, cfg: HiPConfig, scale: float | None,
-         dense: int | None) -> tuple[Tensor, tuple]:
+def read(row: tuple, q: Tensor, past: tuple, cfg: HiPConfig, scale: float | None, dense: int | None) -> tuple:
     """Attention of a row, q (1, H, Tq, D) at the end of T tokens, as model.py's `Context` does it: (o, row).
 
-    row: what decoding remembers: the prompt's last queries, a selection, steps done.  past: from a number of
-    tokens to the first so many keys for the search, keys, and values, (1, Hkv, n, D) each.  dense: how many
+    row: what decoding remembers: the prompt's last queries, a selection, steps done.  past: keys and values,
+    before them keys for the search if it has others, (1, Hkv, T, D) tensors or `hip.Paged`.  dense: how many
     of a prompt's last queries attend densely; None for a decoding step.
     """
-    (tail, selection, step), Tq, out, lib = row, q.shape[2], [], kernels(q.device)
+    def but_last(n: int) -> list:  # the past without its last n tokens
+        n = past[0].shape[2] - n
+        return [x.first(n) if isinstance(x, hip.Paged) else x[:, :, :n] for x in past]
+
+    (tail, selection, step), (*_, k, v), Tq, out, lib = row, past, q.shape[2], [], kernels(q.device)
     if dense is None:
-        search_keys, k, v = past(T)
         if step % cfg.refresh_interval == 0:
             if tail is not None:  # the first memory is the exact selection of the prompt's end
                 one_block = replace(cfg, block_q=max(cfg.block_q, MEMORY_QUERIES), stride_q=1)
-                selection = hip.oracle_blocks(tail, past(T - 1)[0], one_block)
-            selection = lib.select_blocks(q, search_keys, cfg, selection if cfg.memory else None)
+                selection = hip.oracle_blocks(tail, but_last(1)[0], one_block)
+            selection = lib.select_blocks(q, past[0], cfg, selection if cfg.memory else None)
         return lib.sparse_attention(q, k, v, selection, cfg, scale=scale), (None, selection, step + 1)
     tail = (q if tail is None else torch.cat([tail, q], 2))[:, :, -MEMORY_QUERIES:].clone()
     if (body := Tq - dense) > 0:
-        search_keys, k, v = past(T - Tq + body)
-        selection = lib.select_blocks(q[:, :, :body], search_keys, cfg)
-        out.append(lib.sparse_attention(q[:, :, :body], k, v, selection, cfg, scale=scale))
+        before = but_last(dense)
+        selection = lib.select_blocks(q[:, :, :body], before[0], cfg)
+        out.append(lib.sparse_attention(q[:, :, :body], *before[-2:], selection, cfg, scale=scale))
     if dense > 0:
-        out.append(hip.dense_attention(q[:, :, max(0, body) :], *past(T)[1:], scale=scale))
+        q = q[:, :, max(0, body) :]
+        out.append(hip.dense_by_pieces(q, k, v, cfg, scale=scale) if isinstance(k, hip.Paged)
+                   else hip.dense_attention(q, k, v, scale=scale))
     return torch.cat(out, 2), (tail, None, 0)
 
 
@@ -121,11 +124,12 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if find_memory not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(find_memory, with_kwargs=True)
     memory, found.memory = getattr(found, "memory", None), None
-    cfg, Tq = settings(module.config), query.shape[2]
-    T = key.shape[2] if attention_mask is None else attention_mask.shape[1]  # tokens read
+    cfg, Tq, stored = settings(module.config), query.shape[2], not isinstance(key, Tensor)
+    T = key.length + Tq if stored else key.shape[2]
+    T = T if attention_mask is None else attention_mask.shape[1]  # tokens read
     # a memory is good for its own layer and settings, if nothing was read since
     expected, short, rows = memory or (None, True, [])
-    if expected != (id(module), cfg, T - Tq):
+    if not (good := expected == (id(module), cfg, T - Tq)):
         short, rows = True, [(None, None, 0)] * len(query)
     prompt, (lo, hi) = Tq > 1 or T == 1, hip.domain(Tq, T, cfg)
     now_short = prompt and Tq <= cfg.dense_tail
@@ -133,15 +137,17 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         raise ValueError(f"{Tq} tokens follow a short piece, or a cache that was cut or moved: HiP can do no "
                          f"assisted generation and no prefill in chunks up to dense_tail={cfg.dense_tail}")
     dense = T if module.layer_idx < cfg.dense_layers else cfg.dense_tail if prompt else None
+    if stored:
+        key.append(query, attention_mask, cfg, good)
     rows, out = list(rows), torch.zeros_like(query)  # zeros come out for padding
     for b, row in enumerate(rows):
-        q, k, v, asked = query[b : b + 1], key[b : b + 1, :, :T], value[b : b + 1, :, :T], slice(None)
+        seen = asked = slice(None)
         if attention_mask is not None and not attention_mask[b].all():
             seen, asked = attention_mask[b], attention_mask[b, -Tq:]
-            q, k, v = q[:, :, asked], k[:, :, seen], v[:, :, seen]
+        q = query[b : b + 1, :, asked]
         if q.shape[2]:
-            out[b : b + 1, :, asked], rows[b] = read(
-                row, q, lambda n, x=(k, k, v): [y[:, :, :n] for y in x], k.shape[2], cfg, scaling, dense)
+            past = key.row(b) if stored else [x[b : b + 1, :, :T][:, :, seen] for x in (key, value)]
+            out[b : b + 1, :, asked], rows[b] = read(row, q, past, cfg, scaling, dense)
     key.hip_memory = (id(module), cfg, T), now_short, rows
     return out.transpose(1, 2), None
 

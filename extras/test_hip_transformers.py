@@ -45,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import hip_transformers  # noqa: E402
+from hip_offload_transformers import HiPOffloadedCache, OffloadedLayer  # noqa: E402
 
 import generate as command  # noqa: E402
 import hip  # noqa: E402
@@ -96,13 +97,14 @@ def read_alone(theirs, cfg, tokens, T):
 
 @contextmanager
 def watched():
-    """Every call of HiP's attention function: what came and what it returned, (B, H, Tq, D)."""
+    """Every call of HiP's attention function: what came, from a handle what is new, and what it returned."""
     calls = []
 
-    def attention(module, q, k, v, mask, **kwargs):
-        output = hip_transformers.attention(module, q, k, v, mask, **kwargs)
+    def attention(module, q, key, value, mask, **kwargs):
+        k, v = (key, value) if isinstance(key, torch.Tensor) else key.new
         T = k.shape[2] if mask is None else mask.shape[1]
         k, v = k[:, :, :T].clone(), v[:, :, :T].clone()
+        output = hip_transformers.attention(module, q, key, value, mask, **kwargs)
         calls.append(SimpleNamespace(q=q, k=k, v=v, o=output[0].transpose(1, 2)))
         return output
 
@@ -111,23 +113,30 @@ def watched():
     hip_transformers.register()
 
 
-def attend_alone(calls, layer, b, seen, sizes, cfg):
+def attend_alone(calls, layer, b, seen, sizes, cfg, offload=None):
     """Row b of a layer's calls, and model.py's Context on its real tokens, seen (T,): (output, expected)."""
-    k = calls[0].k
-    config = SimpleNamespace(layers=2, kv_heads=k.shape[1], head_size=k.shape[3])
+    k, start = calls[0].k, 0
+    config = SimpleNamespace(layers=2, heads=calls[0].q.shape[1], kv_heads=k.shape[1], head_size=k.shape[3])
     model = SimpleNamespace(config=config, dtype=k.dtype, device=k.device)
-    context = llama.Context(model, len(seen), cfg)
+    context = llama.Context(model, len(seen), cfg, offload=offload)
     for i, call in enumerate(calls):
-        Tk, Tq = call.k.shape[2], call.q.shape[2]
-        real = seen[Tk - Tq : Tk]
+        Tq = call.q.shape[2]
+        real, start = seen[start : start + Tq], start + Tq
         q, k, v, o = (x[b : b + 1, :, -Tq:][:, :, real] for x in (call.q, call.k, call.v, call.o))
         n, prompt = q.shape[2], i < len(sizes)
         context.decoded = None if prompt else 0 if context.decoded is None else context.decoded + 1
-        body = max(0, n - cfg.dense_tail) if prompt else n
+        body = max(0, n - cfg.dense_tail) if prompt and layer >= cfg.dense_layers else n
         for part, dense in ((slice(body), False), (slice(body, n), True)):
             if o[:, :, part].shape[2]:
                 context.length += o[:, :, part].shape[2]
                 yield o[:, :, part], context.attend(layer, q[:, :, part], k[:, :, part], v[:, :, part], dense)
+
+
+def offloaded(model, max_tokens=400, **fields):
+    return HiPOffloadedCache(model.config, max_tokens, **fields)
+
+
+CACHES = [pytest.param(lambda model: DynamicCache(), id="resident"), pytest.param(offloaded, id="offloaded")]
 
 
 def some_tokens(*shape, seed=0):  # but 0, which generate takes for padding
@@ -301,10 +310,12 @@ def test_decoding_behind_a_second_prompt_starts_from_the_end_of_that_prompt(mode
         assert_exact(searches[layer - 2][1], calls[layer].q, calls[layer].k)
 
 
-def test_interleaved_generations_of_any_batch_size_are_each_as_if_alone(model):
+@pytest.mark.parametrize("new", CACHES)
+def test_interleaved_generations_of_any_batch_size_are_each_as_if_alone(model, new):
     tokens = [some_tokens(1, 320), some_tokens(2, 320, seed=1), some_tokens(1, 320)]
     tokens[2][0, 100:200] = some_tokens(100, seed=2)  # same length and last tokens as the first
-    expected, caches = [read(model, x, [300]) for x in tokens], [DynamicCache() for _ in tokens]
+    caches = [new(model) for _ in tokens]
+    expected = [read(model, x, [300], cache=new(model)) for x in tokens]
     ours = [[read(model, x[:, :300], [300], cache=cache)] for x, cache in zip(tokens, caches, strict=True)]
     for i in range(300, 320):
         for j in (0, 1, 2):
@@ -313,11 +324,13 @@ def test_interleaved_generations_of_any_batch_size_are_each_as_if_alone(model):
         assert torch.equal(torch.cat(one, 1), other)
 
 
-def test_generations_in_two_threads_are_each_as_if_alone(model):
+@pytest.mark.parametrize("new", CACHES)
+def test_generations_in_two_threads_are_each_as_if_alone(model, new):
     tokens = [some_tokens(1, 200, seed=seed) for seed in (0, 1)]
 
     def generate(i, results):
-        results[i] = model.generate(tokens[i], max_new_tokens=20, **GREEDY).tolist()
+        options = GREEDY | dict(past_key_values=new(model), max_new_tokens=20)
+        results[i] = model.generate(tokens[i], **options).tolist()
 
     expected, ours = {}, {}
     for i in (0, 1):
@@ -373,9 +386,11 @@ def test_memory_dies_with_the_generation(model):
     assert all(blocks() is None for blocks in selections)
 
 
-def test_a_second_prompt_may_follow_an_answer(model):
+@pytest.mark.parametrize("new", CACHES)
+def test_a_second_prompt_may_follow_an_answer(model, new):
     parts = [some_tokens(1, n, seed=n) for n in (100, 9, 70, 9, 3, 9)]
-    model.config.hip, cache = COVERS, DynamicCache()
+    model.config.hip = COVERS
+    cache = new(model)
     ours = [read(model, part, [n] if n > 9 or n == 3 else [], cache=cache)
             for part, n in zip(parts, (100, 9, 70, 9, 3, 9), strict=True)]
     model.set_attn_implementation("sdpa")
@@ -416,10 +431,11 @@ def test_a_mask_may_reach_beyond_the_tokens_read(model):
     close(model(tokens, attention_mask=longer).logits, model(tokens, attention_mask=longer[:, :100]).logits)
 
 
+@pytest.mark.parametrize("new", CACHES)
 @pytest.mark.parametrize("chunk", [32, 64, 100])
-def test_prefill_in_chunks_is_what_generate_does_with_a_chunk_size(model, chunk):
-    tokens = some_tokens(1, 200)
-    generated = model.generate(tokens, max_new_tokens=20, prefill_chunk_size=chunk, **GREEDY)
+def test_prefill_in_chunks_is_what_generate_does_with_a_chunk_size(model, chunk, new):
+    options = GREEDY | dict(past_key_values=new(model), max_new_tokens=20)
+    generated = model.generate(some_tokens(1, 200), prefill_chunk_size=chunk, **options)
     sizes = list(map(len, torch.arange(200).split(chunk)))
     logits = read(model, generated[:, :-1], sizes)
     assert torch.equal(logits[:, 199:].argmax(-1), generated[:, 200:])
@@ -453,9 +469,243 @@ def test_a_compiled_model_gives_the_same_tokens_and_fullgraph_is_refused():
         whole(some_tokens(1, 200))
 
 
-# --- what is refused ---------------------------------------------------------------------------------------
+# --- keys and values elsewhere -----------------------------------------------------------------------------
 
 TEXT = some_tokens(1, 50)
+NO_TAIL = changed(SMALL, dense_tail=0)  # then the plain path and this one do the very same
+STORES = [dict(store="host"), dict(store="disk", resident_tokens=16)]  # the least, a page of each bank
+
+
+@settings(max_examples=20)
+@given(batches(), st.sampled_from(STORES))
+def test_every_row_of_an_offloaded_batch_is_to_the_last_bit_that_row_alone_in_model_py(batch, store):
+    tokens, mask, sizes, cfg = batch
+    model = tiny()
+    model.config.hip = cfg
+    with watched() as calls:
+        read(model, tokens, sizes, mask, cache=offloaded(model, tokens.shape[1], **store))
+    for b, seen in enumerate(mask):
+        for layer in (0, 1):
+            for output, expected in attend_alone(calls[layer::2], layer, b, seen, sizes, cfg, store):
+                assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("name, dtype", [
+    ("llama", torch.float32), ("mistral", torch.float32), ("qwen2", torch.float32), ("qwen3", torch.float32),
+    ("granite", torch.float32), ("llama", torch.bfloat16)])
+def test_logits_with_an_offloaded_cache_are_those_without(name, dtype, store):
+    model, tokens = tiny(name, **FAMILIES[name]).to(dtype), some_tokens(2, 230)
+    model.config.hip = NO_TAIL
+    cache = offloaded(model, **store)
+    assert torch.equal(read(model, tokens, [120, 90], cache=cache), read(model, tokens, [120, 90]))
+    assert (cache.get_seq_length(), cache.get_max_length()) == (230, 400)
+    on_disk = store["store"] == "disk"
+    assert [(x.store.dtype, x.mapping is not None) for x in cache.stores] == [(dtype, on_disk)] * 4
+    if dtype == torch.float32:  # the tail's rounding differs
+        for model.config.hip in (SMALL, changed(SMALL, dense_layers=1)):
+            close(read(model, tokens, [200], cache=offloaded(model, **store)), read(model, tokens, [200]))
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("options", [
+    {}, dict(do_sample=True, num_return_sequences=3), dict(prefill_chunk_size=64), dict(dense_layers=1)])
+def test_generation_with_an_offloaded_cache_gives_the_tokens_of_generation_without(options, store):
+    model, mask, options = tiny(), torch.ones(2, 200, dtype=torch.long), dict(options)
+    model.config.hip, mask[0, :50] = changed(SMALL, dense_layers=options.pop("dense_layers", 0)), 0
+    results = []
+    for cache in (None, offloaded(model, **store)):
+        torch.manual_seed(0)
+        results.append(model.generate(some_tokens(2, 200), attention_mask=mask, max_new_tokens=20,
+                                      past_key_values=cache, **GREEDY | options))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_conversation_with_an_offloaded_cache_is_that_without_padded_rows_too(model, store):
+    results = []
+    for cache in (DynamicCache(), offloaded(model, **store)):
+        tokens, mask = some_tokens(2, 150), torch.ones(2, 150, dtype=torch.long)
+        mask[1, :60] = 0
+        for turn in (1, 2, 3):
+            options = GREEDY | dict(attention_mask=mask, max_new_tokens=9, past_key_values=cache)
+            tokens = torch.cat([model.generate(tokens, **options), some_tokens(2, 40, seed=turn)], 1)
+            mask = torch.nn.functional.pad(mask, (0, 49), value=1)
+        results.append(tokens)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["qwen2 sliding", "gemma3_text"])
+def test_only_layers_that_see_everything_are_offloaded(name):
+    model, tokens = tiny(name.split()[0], **FAMILIES[name]), some_tokens(2, 210)
+    cache = offloaded(model)
+    ours = read(model, tokens, [120, 80], cache=cache)
+    close(ours, read(model, tokens, [120, 80], cache=DynamicCache(config=model.config)))
+    layers = dict(zip(model.config.layer_types, cache.layers, strict=True))
+    assert isinstance(layers["full_attention"], OffloadedLayer) and len(cache.stores) == 2
+    assert layers["sliding_attention"].keys.shape[2] == 39
+
+
+@pytest.mark.parametrize("bound", [None, 16, 100])
+def test_no_more_is_on_the_device_than_the_bound_allows(model, bound, monkeypatch):
+    given, update = [], OffloadedLayer.update
+    monkeypatch.setattr(OffloadedLayer, "update", lambda layer, k, v: (
+        given.extend([weakref.ref(k), weakref.ref(v)]) or update(layer, k, v)))
+    cache = offloaded(model, resident_tokens=bound)
+    read(model, some_tokens(2, 320), [300], cache=cache)
+    assert len(given) == 2 * 2 * 21 and not any(x() is not None for x in given)
+    assert len(cache.stores) == 4
+    for store in cache.stores:
+        assert 0 < store.resident_tokens() <= store.bound and store.bound == (bound or store.bound)
+        slots = [bank.rows[0].shape[0] * bank.rows[0].shape[1] // 2 for bank in store.banks[0]]
+        assert sum(slots) <= store.bound  # (heads * slots, tokens of a page, D) each
+        assert store.counts()["attention_misses"] > 0
+
+
+def test_stores_and_memory_die_with_the_cache_or_its_reset(model):
+    def parts(cache):
+        read(model, some_tokens(1, 210), [200], cache=cache)
+        return [weakref.ref(x) for layer in cache.layers
+                for x in (layer.keys, layer.keys.rows[0], layer.keys.hip_memory[2][0][1].blocks)]
+
+    caches = [offloaded(model)]
+    first = parts(caches[0])
+    caches[0].reset()
+    second = parts(caches[0])
+    assert all(x() is None for x in first) and all(x() is not None for x in second)
+    caches.clear()
+    assert all(x() is None for x in second)
+
+
+def test_an_emptied_cache_takes_another_text_and_other_settings():
+    model = tiny()
+    cache = offloaded(model)
+    read(model, some_tokens(1, 210), [200], cache=cache)
+    cache.reset()
+    model.config.hip = changed(NO_TAIL, block_k=16)
+    tokens = some_tokens(2, 300, seed=1)
+    assert torch.equal(read(model, tokens, [290], cache=cache), read(model, tokens, [290]))
+
+
+def test_inference_mode_may_be_left_and_entered_between_calls(model):
+    tokens, cache = some_tokens(1, 320), offloaded(model)
+    with torch.inference_mode():
+        parts = [read(model, tokens[:, :200], [200], cache=cache)]
+    parts.append(read(model, tokens[:, 200:310], [100], cache=cache))
+    with torch.inference_mode():
+        parts.append(read(model, tokens[:, 310:], [], cache=cache))
+    close(torch.cat(parts, 1), read(model, tokens, [200, 100]))
+
+
+def test_a_compiled_model_takes_an_offloaded_cache():
+    plain, compiled = tiny(), tiny()
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    options = GREEDY | dict(max_new_tokens=10)
+    expected = plain.generate(some_tokens(1, 200), **options)
+    ours = compiled.generate(some_tokens(1, 200), past_key_values=offloaded(compiled), **options)
+    assert torch.equal(ours, expected)
+
+
+UNTOUCHED = [  # what the sentence says, what is done with a cache of two rows of 200 tokens; step() decodes
+    ('by attn_implementation="hip" alone', lambda m, c, step: m.set_attn_implementation("sdpa") or step()),
+    ("set that, or use another", lambda m, c, step: m.set_attn_implementation("eager") or step()),
+    ("other settings", lambda m, c, step: change(m.config, hip=changed(NO_TAIL, block_k=16)) or step()),
+    ("another model", lambda m, c, step: read(tiny(), some_tokens(2, 1), [], cache=c)),
+    ("max_tokens=240, too few for 241", lambda m, c, step: read(m, some_tokens(2, 41), [41], cache=c)),
+    (r"rows of \[200, 150\] tokens, and not \[200\]", lambda m, c, step: m(TEXT[:, :1], past_key_values=c)),
+    (r", and not \[200, 200\]", lambda m, c, step: m(some_tokens(2, 1), past_key_values=c)),
+    ("do gradients", lambda m, c, step: torch.enable_grad()(step)()),
+    ("do no beam search", lambda m, c, step: c.reorder_cache(torch.tensor([1, 0]))),
+    ("do no beam search", lambda m, c, step: c.batch_repeat_interleave(2)),
+    ("crop", lambda m, c, step: c.crop(-1)),
+    ("copy", lambda m, c, step: copy.deepcopy(c)),
+    ("copy", lambda m, c, step: copy.copy(c.layers[0])),
+]
+
+
+@pytest.mark.parametrize("words, do", UNTOUCHED)
+def test_what_an_offloaded_cache_cannot_do_is_refused_and_leaves_it_untouched(words, do):
+    model, mask = tiny(), torch.ones(2, 240, dtype=torch.bool)
+    model.config.hip, mask[1, :50] = NO_TAIL, False
+    tokens, cache = some_tokens(2, 240), offloaded(model, 240)
+    expected = read(model, tokens, [200], mask)
+    ours = [read(model, tokens[:, :200], [200], mask[:, :200], cache=cache)]
+
+    def step(i=200):
+        return model(tokens[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1].long(),
+                     position_ids=(mask.cumsum(1) - 1)[:, i : i + 1]).logits
+
+    with pytest.raises(ValueError, match=words) as error, torch.no_grad():
+        do(model, cache, step)
+    assert "\n" not in str(error.value)
+    model.set_attn_implementation("hip")
+    model.config.hip = NO_TAIL
+    with torch.no_grad():
+        ours += [step(i) for i in range(200, 240)]
+    assert torch.equal(torch.cat(ours, 1)[mask], expected[mask])
+
+
+@pytest.mark.parametrize("words, fields, options", [
+    ("do no beam search", {}, dict(num_beams=2)),
+    ("no .*assisted generation", {}, dict(prompt_lookup_num_tokens=3)),
+    ("max_tokens=205, too few for 206", dict(max_tokens=205), {}),
+    ("max_tokens must be a whole number", dict(max_tokens="many"), {}),
+    ("max_tokens must be .* at least 1", dict(max_tokens=0), {}),
+    ("store must be host or disk", dict(store="dsk"), {}),
+    (r"at least 16, a page.*not 9 \(for one layer of one row\)", dict(resident_tokens=9), {}),
+    ("cannot be had in /no/such: No such", dict(store="disk", folder="/no/such"), {}),
+    ("GB of host memory: too much", dict(max_tokens=10**15), {}),
+])
+def test_generation_that_an_offloaded_cache_cannot_do_is_refused_in_a_sentence(model, words, fields, options):
+    options = GREEDY | dict(max_new_tokens=9) | options
+    with pytest.raises(ValueError, match=words) as error:
+        model.generate(some_tokens(1, 200), past_key_values=offloaded(model, **fields), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_an_offloaded_cache_for_layers_of_another_kind_is_refused():
+    config = AutoConfig.for_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    with pytest.raises(ValueError, match="no place for layer 0, which needs a LinearAttentionLayer"):
+        HiPOffloadedCache(config, 100)
+
+
+ERRORS = {  # where an error comes up: in which function, after how many calls of it
+    "in the first layer's attention": ("sparse_attention", 0), "behind it": ("forward", 0),
+    "in the last layer's, for its second row": ("sparse_attention", 3),
+    "while the second row is stored": ("append", 1), "while the last layer is stored": ("append", 2),
+}
+
+
+@pytest.mark.parametrize("where", ERRORS)
+@pytest.mark.parametrize("T", [200, 1])
+def test_a_cache_in_which_an_error_cut_a_call_short_is_refused_until_it_is_emptied(monkeypatch, where, T):
+    model, tokens, (name, countdown) = tiny(), some_tokens(2, 221), ERRORS[where]
+    model.config.hip = NO_TAIL
+    cache = offloaded(model)
+    owner = dict(forward=model.model.layers[0].mlp, append=hip.OffloadedKVCache).get(name, hip)
+    whole = getattr(owner, name)
+
+    def broken(*args, **kwargs):
+        nonlocal countdown
+        countdown -= 1
+        if countdown == -1:
+            raise OSError("no luck")
+        return whole(*args, **kwargs)
+
+    if T == 1:
+        read(model, tokens[:, :220], [220], cache=cache)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no luck"):
+        patch.setattr(owner, name, broken)
+        read(model, tokens[:, :T], [T], cache=cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"an error cut a call with .* short: reset\(\) it"):
+            read(model, tokens[:, :T], [T], cache=cache)
+    cache.reset()
+    assert torch.equal(read(model, tokens, [220], cache=cache), read(model, tokens, [220]))
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
 POSITIONS = torch.cat([torch.arange(20), torch.arange(30)])[None]  # of two sequences in one row
 NINE = GREEDY | dict(max_new_tokens=9)
 REFUSED = {  # what the sentence says: the model, what is done with it
@@ -548,6 +798,15 @@ def test_a_model_on_a_gpu_reads_and_decodes_by_the_triton_kernels(monkeypatch, o
         model.set_attn_implementation(implementation)
         results.append(model.generate(tokens, max_new_tokens=20, **GREEDY | options))
     assert torch.equal(*results) and calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("store", STORES)
+def test_an_offloaded_cache_on_a_gpu_gives_the_tokens_of_generation_without(store):
+    model, tokens = tiny(head_dim=32).cuda(), some_tokens(2, 150).cuda()
+    cache = offloaded(model, **store)
+    results = [model.generate(tokens, max_new_tokens=20, past_key_values=x, **GREEDY) for x in (None, cache)]
+    assert torch.equal(*results) and cache.stores[0].banks[0][0].rows[0].is_cuda
 
 
 ONE_PROCESS = """
@@ -654,5 +913,6 @@ def test_the_default_model_as_a_transformers_folder_finds_the_passkey(tmp_path):
     words = AutoTokenizer.from_pretrained(tmp_path)
     text, key = command.make_passkey(tokenizer, 1500, 0.4, seed=7)
     prompt = words(text, return_tensors="pt")
-    answer = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt.input_ids.shape[1] :]
-    assert key in words.decode(answer)
+    for cache in (None, offloaded(model, 2000, store="disk")):
+        tokens = model.generate(**prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)[0]
+        assert key in words.decode(tokens[prompt.input_ids.shape[1] :])
