@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hip  # noqa: E402
 from hip import HiPConfig  # noqa: E402
-from model import MEMORY_QUERIES  # noqa: E402
+from model import MEMORY_QUERIES, first_memory  # noqa: E402
 
 try:
     import transformers
@@ -87,8 +86,7 @@ def read(row: tuple, q: Tensor, past: tuple, cfg: HiPConfig, scale: float | None
     if dense is None:
         if step % cfg.refresh_interval == 0:
             if tail is not None:  # the first memory is the exact selection of the prompt's end
-                one_block = replace(cfg, block_q=max(cfg.block_q, MEMORY_QUERIES), stride_q=1)
-                selection = hip.oracle_blocks(tail, but_last(1)[0], one_block)
+                selection = first_memory(tail, but_last(1)[0], cfg)
             selection = lib.select_blocks(q, past[0], cfg, selection if cfg.memory else None)
         return lib.sparse_attention(q, k, v, selection, cfg, scale=scale), (None, selection, step + 1)
     tail = (q if tail is None else torch.cat([tail, q], 2))[:, :, -MEMORY_QUERIES:].clone()
