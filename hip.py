@@ -590,43 +590,55 @@ class Bank:
     slots: pages that a head may have here.  Of each page every stride-th token is held.
     """
 
-    def __init__(self, store: list[torch.Tensor], slots: int, stride: int, device: torch.device,
-                 stream: torch.cuda.Stream | None = None):
+    def __init__(self, store: list[torch.Tensor], slots: int, stride: int, device: torch.device):
         self.store, self.slots, self.block, self.stride = store, slots, store[0].shape[2], stride
-        self.stream = stream  # on which the store is written
         heads, self.pages, _, D = store[0].shape
         shape = heads * slots, self.block // stride, D
         self.rows = [torch.full(shape, math.nan, dtype=x.dtype, device=device) for x in store]
         self.slot_of = torch.full((heads, self.pages), -1, device=device)  # page table, -1: not here
         self.page_of = torch.full((heads, slots), -1, device=device)  # its inverse, -1: a free slot
         self.used = torch.full((heads, slots), -1, device=device)  # call that last needed a slot
-        self.calls = self.hits = self.misses = self.evictions = self.bytes = 0
+        self.counted = torch.zeros(3, dtype=torch.long, device=device)  # hits, misses, evictions
+        self.narrowed = 0  # bytes that were moved without a slot
+        self.latest, self.again = None, 0  # what a kernel found in the last call, and how often it did again
+
+    @property
+    def hits(self) -> int:
+        latest = self.used == self.used.amax(1, keepdim=True)
+        return int(self.counted[0] + self.again * latest.sum())
+
+    misses, evictions = (property(lambda self, i=i: int(self.counted[i])) for i in (1, 2))
+
+    @property
+    def bytes(self) -> int:
+        """Moved to the device."""
+        return self.narrowed + self.misses * sum(rows[0].nbytes for rows in self.rows)
 
     def find(self, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
         """Rows (n,) of pages (n,) of heads (n,): each pair once, sorted, of a head no more than its slots."""
-        self.calls += 1
-        slot = self.slot_of[head, page]
+        if self.latest is not None:
+            self.counted[0], self.latest, self.again = self.hits, None, 0
+        slot, call = self.slot_of[head, page], self.used.max() + 1
         hit, new = slot >= 0, slot < 0
-        self.used[head[hit], slot[hit]] = self.calls
-        h, p = head[new], page[new]
+        self.used[head[hit], slot[hit]] = call
+        h, p, evictions = head[new], page[new], 0
         if len(h):
-            # the i-th new page of a head goes into its i-th of the slots ordered by last use, where the pages
-            # of this call stand last
+            # as many slots of a head as it has new pages go out, least recently used first (the pages of this
+            # call stand last), and take these in the order of their numbers
             nth = torch.arange(len(h), device=h.device) - torch.searchsorted(h, h)
             s = self.used.argsort(dim=1, stable=True)[h, nth]
+            s = (h * self.slots + s).sort().values % self.slots
             old = self.page_of[h, s]
             gone = old >= 0
             self.slot_of[h[gone], old[gone]] = -1
-            self.slot_of[h, p], self.page_of[h, s], self.used[h, s], slot[new] = s, p, self.calls, s
+            self.slot_of[h, p], self.page_of[h, s], self.used[h, s], slot[new] = s, p, call, s
             at = (h * self.pages + p).to(self.store[0].device)
             self.wait()
             for rows, store in zip(self.rows, self.store, strict=True):
                 pages = store.flatten(0, 1).index_select(0, at)[:, :: self.stride]
                 rows[h * self.slots + s] = pages.to(rows.device)
-                self.bytes += pages.nbytes
-            self.evictions += int(gone.sum())
-        self.misses += len(h)
-        self.hits += len(head) - len(h)
+            evictions = int(gone.sum())
+        self.counted += self.counted.new_tensor([len(head) - len(h), len(h), evictions])
         return head * self.slots + slot
 
     def take(self, head: torch.Tensor, page: torch.Tensor) -> list[torch.Tensor]:
@@ -650,8 +662,8 @@ class Bank:
 
     def wait(self) -> None:
         """Until all that was appended stands in the store."""
-        if self.stream:
-            self.stream.synchronize()
+        if self.counted.is_cuda:
+            torch.cuda.current_stream(self.counted.device).synchronize()
 
     def overwrite(self, page: int, token: int, new: list[torch.Tensor]) -> None:
         """Write (heads, n, D) behind the first `token` tokens of a page, wherever the page is in a slot."""
@@ -684,7 +696,7 @@ class Paged:
         B, H, _, D = self.shape
         self.bank.wait()
         x = self.store.flatten(1, 2).narrow(dim - 1, start, length).to(self.device)
-        self.bank.bytes += x.nbytes
+        self.bank.narrowed += x.nbytes
         return x.view(B, H, length, D)
 
 
@@ -744,8 +756,8 @@ class OffloadedKVCache:
         if torch.device(device).type == "cuda":
             self.stream = torch.cuda.Stream(device)
         self.store = self.allocate((layers, 2, B * Hkv, pages, block, D), dtype, store, folder)
-        self.banks = [(Bank([x[0]], min(pages, looked_at), cfg.stride_k, device, self.stream),
-                       Bank(list(x), min(pages, chosen), 1, device, self.stream)) for x in self.store]
+        self.banks = [(Bank([x[0]], min(pages, looked_at), cfg.stride_k, device),
+                       Bank(list(x), min(pages, chosen), 1, device)) for x in self.store]
         self.written = 0  # bytes
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, store: str,
@@ -771,10 +783,18 @@ class OffloadedKVCache:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v (B, Hkv, T, D) behind the tokens that the layer has."""
-        start, T, block = self.length[layer], k.shape[2], self.store.shape[4]
+        start, T = self.length[layer], k.shape[2]
         if start + T > self.shape[3]:
             raise ValueError(f"the cache holds {self.shape[3]} tokens, and {start + T} are too many")
-        new = [x.flatten(0, 1) for x in (k, v)]  # (heads, T, D)
+        self.write(layer, start, k, v)
+        self.length[layer] += T
+        self.written += k.nbytes + v.nbytes
+        if self.mapping:  # what was read and written stays with the system, no longer with this process
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+    def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Into the store, and into the slot of a page that was begun; the search only meets full pages."""
+        T, block, new = k.shape[2], self.store.shape[4], [x.flatten(0, 1) for x in (k, v)]  # (heads, T, D)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # does nothing where there is none
@@ -782,13 +802,10 @@ class OffloadedKVCache:
                 if self.stream:
                     x.record_stream(self.stream)
                 store.flatten(1, 2)[:, start : start + T].copy_(x, non_blocking=True)
-                self.written += x.nbytes
-        rest = -start % block  # of the page that was begun; the search only meets full pages
-        if rest:
+        if self.stream:  # whoever reads the store on the device does it after this
+            torch.cuda.current_stream().wait_stream(self.stream)
+        if rest := -start % block:
             self.banks[layer][1].overwrite(start // block, start % block, [x[:, :rest] for x in new])
-        self.length[layer] += T
-        if self.mapping:  # what was read and written stays with the system, no longer with this process
-            self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def search_keys(self, layer: int, tokens: int | None = None) -> Paged:
         """The layer's first `tokens` keys, None for all, for `select_blocks` and `oracle_blocks`."""

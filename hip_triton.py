@@ -24,12 +24,13 @@ without a GPU in Triton's interpreter (TRITON_INTERPRET=1 set before the import;
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 import hip
-from hip import HiPConfig, Paged, Rope, Selection, check_inputs, check_rope, check_selection, domain
+from hip import Bank, HiPConfig, Paged, Rope, Selection, check_inputs, check_rope, check_selection, domain
 
 try:
     import triton
@@ -83,22 +84,23 @@ def load_queries(p_q, s_q, o_row, o_own, m_r, p_cos, p_sin, CLIP: tl.constexpr, 
 
 
 @triton.jit
-def products(b_q, p_k, s_k, o_t, m_t, CLIP: tl.constexpr, D: tl.constexpr):
+def products(b_q, p_k, s_k, o_t, o_p, m_t, CLIP: tl.constexpr, D: tl.constexpr):
     """q . k of the rows of `load_queries` and keys o_t (T,): (R, T) float32.  Equals hip.products.
 
-    With CLIP a tile that is wholly near or wholly far costs one product, not two.  Masks: m_t (T,) keys to
-    load, all others count as 0; the padding of D; rows of the table that near keys need.
+    o_p (T,): where in p_k the keys are, o_t itself unless that is a bank.  With CLIP a tile that is wholly
+    near or wholly far costs one product, not two.  Masks: m_t (T,) keys to load, all others count as 0; the
+    padding of D; rows of the table that near keys need.
     """
     if CLIP == 0:
         o_d = tl.arange(0, b_q[0].shape[1]).to(tl.int64)
-        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
+        p = p_k + o_p[None, :].to(tl.int64) * s_k[2] + o_d[:, None] * s_k[3]
         b_k = tl.load(p, mask=m_t[None, :] & (o_d < D)[:, None], other=0.0)  # (D, T)
         b_s = tl.dot(b_q[0], b_k, input_precision="ieee")
     else:
         near_a, near_b, far_a, far_b, o_own, start, last, p_cos, p_sin = b_q
         o_d = tl.arange(0, near_a.shape[1])
         m_k = m_t[None, :] & (o_d < D // 2)[:, None]
-        p = p_k + o_t[None, :].to(tl.int64) * s_k[2] + o_d[:, None].to(tl.int64) * s_k[3]
+        p = p_k + o_p[None, :].to(tl.int64) * s_k[2] + o_d[:, None].to(tl.int64) * s_k[3]
         b_a, b_b = tl.load(p, mask=m_k, other=0.0), tl.load(p + D // 2 * s_k[3], mask=m_k, other=0.0)
         b_s = tl.zeros([near_a.shape[0], o_t.shape[0]], tl.float32)
         if tl.min(tl.where(m_t, o_t, NO_BLOCK)) <= last - CLIP:
@@ -132,17 +134,21 @@ def best(b_score, o_position, KEEP: tl.constexpr):
 
 
 @triton.jit
-def score_blocks(b_q, p_k, s_k, b_block, count, CLIP: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
-                 STRIDE_K: tl.constexpr, TILE: tl.constexpr):
+def score_blocks(b_q, p_k, s_k, bank, i_x, b_block, count, CLIP: tl.constexpr, D: tl.constexpr,
+                 BLOCK_K: tl.constexpr, STRIDE_K: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+                 SLOTS: tl.constexpr):
     """Scores of the first `count` of b_block (C,); -inf where it is -1 or further back: hip.block_scores.
 
-    TILE keys at a time, so that registers do not grow with the number of nodes.  Masks: m_s blocks to look at
-    (a domain ends before the keys do, so none can overrun).
+    TILE keys at a time, so that registers do not grow with the number of nodes.  With SLOTS p_k are the slots
+    of a bank, which holds every STRIDE_K-th key of some pages of head i_x.  Masks: m_s blocks to look at (a
+    domain ends before the keys do, so none can overrun).
     """
     C: tl.constexpr = b_block.shape[0]
     KEYS: tl.constexpr = BLOCK_K // STRIDE_K
     SHARE: tl.constexpr = TILE // KEYS  # blocks of one tile
     o_c, o_in = tl.arange(0, C), tl.arange(0, KEYS) * STRIDE_K
+    if SLOTS > 0:
+        b_slot = find(bank, i_x, 0, tl.where(o_c < count, b_block, -1), BLOCK_K, STRIDE_K, D, BLOCK_D, SLOTS)
     b_score = tl.full([C], float("-inf"), tl.float32)
     for i in range(0, count, SHARE):
         o_s = i + tl.arange(0, SHARE)
@@ -150,7 +156,11 @@ def score_blocks(b_q, p_k, s_k, b_block, count, CLIP: tl.constexpr, D: tl.conste
         m_s = (o_s < count) & (b_s >= 0)
         m_t = tl.reshape(tl.broadcast_to(m_s[:, None], SHARE, KEYS), TILE)
         o_t = tl.reshape(b_s[:, None] * BLOCK_K + o_in[None, :], TILE)
-        b_s = tl.max(products(b_q, p_k, s_k, o_t, m_t, CLIP, D), 0)  # (TILE,) best row of each key
+        o_p = o_t
+        if SLOTS > 0:
+            b_p = tl.gather(b_slot, tl.minimum(o_s, C - 1), 0)
+            o_p = tl.reshape(b_p[:, None] * KEYS + tl.arange(0, KEYS)[None, :], TILE)
+        b_s = tl.max(products(b_q, p_k, s_k, o_t, o_p, m_t, CLIP, D), 0)  # (TILE,) best row of each key
         b_s = tl.max(tl.reshape(b_s, SHARE, KEYS), 1)
         b_s = tl.where(m_s, tl.maximum(b_s, LOWEST), float("-inf"))
         b_score = tl.where(o_c // SHARE == i // SHARE, tl.gather(b_s, o_c % SHARE, 0), b_score)
@@ -165,107 +175,131 @@ def widen(b_x, W: tl.constexpr, fill):
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
-def search_kernel(p_q, p_k, p_previous, p_blocks, p_cos, p_sin, s_q, s_k, Tq, Tk, H: tl.constexpr,
+def search_kernel(p_q, p_k, p_previous, p_blocks, p_cos, p_sin, s_q, s_k, bank, Tq, Tk, H: tl.constexpr,
                   HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr, BLOCK_Q: tl.constexpr,
                   BLOCK_K: tl.constexpr, STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, LO: tl.constexpr,
                   WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PREVIOUS: tl.constexpr,
                   REPRESENTATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-                  TILE: tl.constexpr):
+                  TILE: tl.constexpr, SLOTS: tl.constexpr):
     """Choose M blocks by tree search.  Equals hip.select_blocks (search_rows, search and merge).
 
     Grid (NQ, H, B); a program owns one query block of one query head, with all of its rounds.  p_previous:
     (B, H, NQ, PREVIOUS) blocks, PREVIOUS = 0 for none; p_blocks: (B, H, NQ, M); int32, contiguous.
+    From an offloaded cache p_k are the SLOTS of the search bank (else 0), and the grid is (1, Hkv, B): a
+    program owns all query blocks of all query heads of a key head, for they share a page table.
     Masks: m_r rows that exist (others stand for row 0 once more, which changes no maximum), m_p previous
     blocks of this domain.  Scores are float32, compared as integers (sort_key).
     """
-    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_g = (i_b * H + i_h).to(tl.int64) * tl.num_programs(0) + i_n
-    p_q += i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
-    p_k += i_b.to(tl.int64) * s_k[0] + (i_h // (H // HKV)).to(tl.int64) * s_k[1]
+    G: tl.constexpr = H // HKV
+    NQ, i_b = tl.cdiv(Tq, BLOCK_Q) if SLOTS > 0 else tl.num_programs(0), tl.program_id(2)
+    for i in range(NQ * G if SLOTS > 0 else 1):
+        i_n = i // G if SLOTS > 0 else tl.program_id(0)
+        i_h = tl.program_id(1) * G + i % G if SLOTS > 0 else tl.program_id(1)
+        i_k, i_g = i_h // G, (i_b * H + i_h).to(tl.int64) * NQ + i_n
+        p_qh = p_q + i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
+        p_kh = p_k + i_b.to(tl.int64) * s_k[0] + i_k.to(tl.int64) * s_k[1]
 
-    o_r = tl.arange(0, ROWS)
-    o_row = i_n * BLOCK_Q + o_r * STRIDE_Q
-    m_r = (o_r < BLOCK_Q // STRIDE_Q) & (o_row < Tq)
-    o_row = tl.where(m_r, o_row, i_n * BLOCK_Q)
-    m_all = tl.full([ROWS], 1, tl.int1)
-    b_q = load_queries(p_q, s_q, o_row, o_row + Tk - Tq, m_all, p_cos, p_sin, CLIP, D, BLOCK_D)
+        o_r = tl.arange(0, ROWS)
+        o_row = i_n * BLOCK_Q + o_r * STRIDE_Q
+        m_r = (o_r < BLOCK_Q // STRIDE_Q) & (o_row < Tq)
+        o_row = tl.where(m_r, o_row, i_n * BLOCK_Q)
+        m_all = tl.full([ROWS], 1, tl.int1)
+        b_q = load_queries(p_qh, s_q, o_row, o_row + Tk - Tq, m_all, p_cos, p_sin, CLIP, D, BLOCK_D)
 
-    start = Tk - Tq + i_n * BLOCK_Q  # position of the block's first query
-    hi = tl.maximum((start - WINDOW + 1) // BLOCK_K, LO)
-    n = hi - LO
-    # ceil(log2(n / N)) rounds, one at least, for the scores
-    rounds = tl.sum(((tl.full([32], N, tl.int64) << tl.arange(0, 32).to(tl.int64)) < n).to(tl.int32))
-    rounds = tl.where(n > 0, tl.maximum(rounds, 1), 0)
+        start = Tk - Tq + i_n * BLOCK_Q  # position of the block's first query
+        hi = tl.maximum((start - WINDOW + 1) // BLOCK_K, LO)
+        n = hi - LO
+        # ceil(log2(n / N)) rounds, one at least, for the scores
+        rounds = tl.sum(((tl.full([32], N, tl.int64) << tl.arange(0, 32).to(tl.int64)) < n).to(tl.int32))
+        rounds = tl.where(n > 0, tl.maximum(rounds, 1), 0)
 
-    o_n, o_c = tl.arange(0, N), tl.arange(0, 2 * N)
-    b_f = LO + (n * o_n.to(tl.int64) // N).to(tl.int32)  # Alg. 1, l. 1: node j is the blocks [f, l)
-    b_l = LO + (n * (o_n + 1).to(tl.int64) // N).to(tl.int32)
-    b_score = tl.full([N], float("-inf"), tl.float32)
-    for r in range(rounds):
-        # Alg. 1, l. 5-8: branch c is the left half of node c, or the right half of node c - N
-        b_cf, b_cl = tl.gather(b_f, o_c % N, 0), tl.gather(b_l, o_c % N, 0)
-        b_mid = (b_cf + b_cl) // 2
-        b_cf, b_cl = tl.where(o_c < N, b_cf, b_mid), tl.where(o_c < N, b_mid, b_cl)
-        b_block = (b_cf + b_cl) // 2 if REPRESENTATIVE == "center" else (
-            b_cf if REPRESENTATIVE == "first" else b_cl - 1)
-        b_block = tl.where(b_cf < b_cl, b_block, -1)  # an empty branch has none
-        # in the last round the right half is the block that spoke for the node: its score is known
-        known = (REPRESENTATIVE == "center") & (r > 0) & (r == rounds - 1)
-        count = tl.where(known, N, 2 * N)
-        b_new = score_blocks(b_q, p_k, s_k, b_block, count, CLIP, D, BLOCK_K, STRIDE_K, TILE)  # l. 9-10
-        b_old = tl.where(b_block >= 0, tl.gather(b_score, o_c % N, 0), float("-inf"))
-        b_new = tl.where(o_c < count, b_new, b_old)
-        o_keep = best(b_new, o_c % N * 2 + o_c // N, N)  # Alg. 1, l. 11
-        o_keep = o_keep % 2 * N + o_keep // 2
-        b_f, b_l = tl.gather(b_cf, o_keep, 0), tl.gather(b_cl, o_keep, 0)
-        b_score = tl.gather(b_new, o_keep, 0)
-    b_block = tl.where(b_f < b_l, b_f, NO_BLOCK)
+        o_n, o_c = tl.arange(0, N), tl.arange(0, 2 * N)
+        b_f = LO + (n * o_n.to(tl.int64) // N).to(tl.int32)  # Alg. 1, l. 1: node j is the blocks [f, l)
+        b_l = LO + (n * (o_n + 1).to(tl.int64) // N).to(tl.int32)
+        b_score = tl.full([N], float("-inf"), tl.float32)
+        for r in range(rounds):
+            # Alg. 1, l. 5-8: branch c is the left half of node c, or the right half of node c - N
+            b_cf, b_cl = tl.gather(b_f, o_c % N, 0), tl.gather(b_l, o_c % N, 0)
+            b_mid = (b_cf + b_cl) // 2
+            b_cf, b_cl = tl.where(o_c < N, b_cf, b_mid), tl.where(o_c < N, b_mid, b_cl)
+            b_block = (b_cf + b_cl) // 2 if REPRESENTATIVE == "center" else (
+                b_cf if REPRESENTATIVE == "first" else b_cl - 1)
+            b_block = tl.where(b_cf < b_cl, b_block, -1)  # an empty branch has none
+            # in the last round the right half is the block that spoke for the node: its score is known
+            known = (REPRESENTATIVE == "center") & (r > 0) & (r == rounds - 1)
+            count = tl.where(known, N, 2 * N)
+            b_new = score_blocks(b_q, p_kh, s_k, bank, i_b * HKV + i_k, b_block, count, CLIP, D, BLOCK_K,
+                                 STRIDE_K, BLOCK_D, TILE, SLOTS)  # l. 9-10
+            b_old = tl.where(b_block >= 0, tl.gather(b_score, o_c % N, 0), float("-inf"))
+            b_new = tl.where(o_c < count, b_new, b_old)
+            o_keep = best(b_new, o_c % N * 2 + o_c // N, N)  # Alg. 1, l. 11
+            o_keep = o_keep % 2 * N + o_keep // 2
+            b_f, b_l = tl.gather(b_cf, o_keep, 0), tl.gather(b_cl, o_keep, 0)
+            b_score = tl.gather(b_new, o_keep, 0)
+        b_block = tl.where(b_f < b_l, b_f, NO_BLOCK)
 
-    if PREVIOUS > 0:  # put the blocks of the previous selection among the candidates, each block once
-        O: tl.constexpr = triton.next_power_of_2(PREVIOUS)
-        W: tl.constexpr = max(N, O)
-        o_p, o_w = tl.arange(0, O), tl.arange(0, 2 * W)
-        b_old = tl.load(p_previous + i_g * PREVIOUS + o_p, mask=o_p < PREVIOUS, other=-1)
-        m_p = (b_old >= LO) & (b_old < hi)
-        b_old = tl.where(m_p, b_old, -1)
-        b_new = score_blocks(b_q, p_k, s_k, b_old, O, CLIP, D, BLOCK_K, STRIDE_K, TILE)
-        b_old = widen(tl.where(m_p, b_old, NO_BLOCK), W, NO_BLOCK)
-        b_block = tl.reshape(tl.join(widen(b_block, W, NO_BLOCK), b_old), 2 * W)
-        b_new = widen(b_new, W, float("-inf"))
-        b_score = tl.reshape(tl.join(widen(b_score, W, float("-inf")), b_new), 2 * W)
-        b_key = tl.sort((b_block.to(tl.int64) << 32) | o_w)  # ascending blocks, copies side by side
-        b_block = (b_key >> 32).to(tl.int32)
-        m_again = (o_w > 0) & (tl.gather(b_block, tl.maximum(o_w - 1, 0), 0) == b_block)
-        b_block = tl.where(m_again, NO_BLOCK, b_block)
-        b_score = tl.where(m_again, float("-inf"), tl.gather(b_score, (b_key & NO_BLOCK).to(tl.int32), 0))
-    if b_block.shape[0] > M:
-        b_block = tl.gather(b_block, best(b_score, tl.arange(0, b_block.shape[0]), M), 0)
-    b_block = tl.sort(b_block)
-    tl.store(p_blocks + i_g * M + tl.arange(0, M), tl.where(b_block == NO_BLOCK, -1, b_block))
+        if PREVIOUS > 0:  # put the blocks of the previous selection among the candidates, each block once
+            O: tl.constexpr = triton.next_power_of_2(PREVIOUS)
+            W: tl.constexpr = max(N, O)
+            o_p, o_w = tl.arange(0, O), tl.arange(0, 2 * W)
+            b_old = tl.load(p_previous + i_g * PREVIOUS + o_p, mask=o_p < PREVIOUS, other=-1)
+            m_p = (b_old >= LO) & (b_old < hi)
+            b_old = tl.where(m_p, b_old, -1)
+            b_new = score_blocks(b_q, p_kh, s_k, bank, i_b * HKV + i_k, b_old, O, CLIP, D, BLOCK_K, STRIDE_K,
+                                 BLOCK_D, TILE, SLOTS)
+            b_old = widen(tl.where(m_p, b_old, NO_BLOCK), W, NO_BLOCK)
+            b_block = tl.reshape(tl.join(widen(b_block, W, NO_BLOCK), b_old), 2 * W)
+            b_new = widen(b_new, W, float("-inf"))
+            b_score = tl.reshape(tl.join(widen(b_score, W, float("-inf")), b_new), 2 * W)
+            b_key = tl.sort((b_block.to(tl.int64) << 32) | o_w)  # ascending blocks, copies side by side
+            b_block = (b_key >> 32).to(tl.int32)
+            m_again = (o_w > 0) & (tl.gather(b_block, tl.maximum(o_w - 1, 0), 0) == b_block)
+            b_block = tl.where(m_again, NO_BLOCK, b_block)
+            b_new = tl.gather(b_score, (b_key & NO_BLOCK).to(tl.int32), 0)
+            b_score = tl.where(m_again, float("-inf"), b_new)
+        if b_block.shape[0] > M:
+            b_block = tl.gather(b_block, best(b_score, tl.arange(0, b_block.shape[0]), M), 0)
+        b_block = tl.sort(b_block)
+        tl.store(p_blocks + i_g * M + tl.arange(0, M), tl.where(b_block == NO_BLOCK, -1, b_block))
 
 
 def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
                   rope: Rope | None = None) -> Selection:
     """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`.
 
-    From an offloaded cache the search goes round by round, by hip.py, for each round may need other pages.
+    From an offloaded cache by hip.py if the search bank is not `within_reach` of what one round looks at.
     """
     check_inputs(q, k)
     check_device(q, previous or (), "previous")
-    if isinstance(k, Paged):
-        return hip.select_blocks(q, k, cfg, previous, rope=rope)
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
-    hi = domain(Tq, Tk, cfg, q.device)[1]
-    blocks = torch.empty(B, H, len(hi), cfg.budget, dtype=torch.int32, device=q.device)
-    old = blocks[..., :0]
+    (B, H, Tq, D), (Hkv, Tk), paged = q.shape, k.shape[1:3], isinstance(k, Paged)
+    NQ, most = -(-Tq // cfg.block_q), 2 * cfg.beam * cfg.budget
     if previous is not None:
-        check_selection(previous, B, H, len(hi), "previous")
-        old = previous.blocks.int().contiguous()
+        check_selection(previous, B, H, NQ, "previous")
+        most = max(most, previous.blocks.shape[3])
+    if paged and not within_reach(k.bank, most):
+        return hip.select_blocks(q, k, cfg, previous, rope=rope)
+    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
+    blocks = torch.empty(B, H, NQ, cfg.budget, dtype=torch.int32, device=q.device)
+    old = blocks[..., :0] if previous is None else previous.blocks.int().contiguous()
+    grid, slots, bank = (NQ, H, B), 0, None
+    if paged:
+        grid, slots, bank = (1, Hkv, B), k.bank.slots, pointers(k.bank)
+        k = k.bank.rows[0].view(B, Hkv, -1, D)
     with torch.cuda.device_of(q):
-        search_kernel[(len(hi), H, B)](q, k, old, blocks, *table(rope), q.stride(), k.stride(), Tq, Tk,
-                                       **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3]))
-    return Selection(blocks, hi * cfg.block_k)
+        search_kernel[grid](q, k, old, blocks, *table(rope), q.stride(), k.stride(), bank, Tq, Tk,
+                            **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3], slots))
+    return Selection(blocks, windows(Tq, Tk, cfg, q.device))
+
+
+def windows(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device) -> torch.Tensor:
+    """Positions (NQ,) at which the windows begin.  Of a single one `window_starts` is told, too."""
+    if Tq > cfg.block_q:
+        return domain(Tq, Tk, cfg, device)[1] * cfg.block_k
+    lo = -(-cfg.sink // cfg.block_k)
+    start = max(lo, (Tk - Tq - cfg.window + 1) // cfg.block_k) * cfg.block_k
+    window_start = torch.full((1,), start, device=device)
+    window_start.on_host = [start]
+    return window_start
 
 
 def table(rope: Rope | None) -> tuple[torch.Tensor | None, ...]:
@@ -285,6 +319,19 @@ def chosen_tokens(p_blocks, o_x, Tk, BLOCK_K: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def placed(place, i_x, first, o_x, o_t, m_t, BLOCK_K: tl.constexpr):
+    """Where in the keys the tokens at positions o_t are: there, or as `look_up` says for key head i_x.
+
+    first: entry of its list at which the blocks begin of which these are tokens o_x.
+    """
+    o_p = o_t
+    if place is not None:
+        p = place[0] + i_x.to(tl.int64) * place[1] + (first + o_x // BLOCK_K)
+        o_p = tl.load(p, mask=m_t, other=0) * BLOCK_K + o_t % BLOCK_K
+    return o_p
+
+
+@triton.jit
 def count_chosen(p_blocks, BLOCK_K: tl.constexpr, M: tl.constexpr):
     """Tokens of the selected blocks up to the last that is not padding."""
     o_m = tl.arange(0, triton.next_power_of_2(M))
@@ -293,14 +340,14 @@ def count_chosen(p_blocks, BLOCK_K: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP: tl.constexpr,
+def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, o_p, m_t, m_s, scale, CLIP: tl.constexpr,
            D: tl.constexpr):
     """Add tokens o_t (T,) to a running softmax: maximum b_m (R,), sum b_l (R,), weighted values b_acc (R, D).
 
     Masks: m_t (T,) tokens to load, all others count as 0; m_s (R, T) pairs of query and token that exist; the
     padding of D.  scale: the softmax's, times log2(e).
     """
-    b_s = products(b_q, p_k, s_k, o_t, m_t, CLIP, D) * scale
+    b_s = products(b_q, p_k, s_k, o_t, o_p, m_t, CLIP, D) * scale
     b_s = tl.where(m_s, b_s, float("-inf"))
     b_new = tl.maximum(b_m, tl.max(b_s, 1))
     b_top = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row without a token yet
@@ -308,26 +355,27 @@ def attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP:
     b_old = tl.exp2(b_m - b_top)
     b_l = b_l * b_old + tl.sum(b_p, 1)
     o_d = tl.arange(0, b_acc.shape[1]).to(tl.int64)
-    p = p_v + o_t[:, None].to(tl.int64) * s_v[2] + o_d[None, :] * s_v[3]
+    p = p_v + o_p[:, None].to(tl.int64) * s_v[2] + o_d[None, :] * s_v[3]
     b_v = tl.load(p, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision="ieee")
     return b_acc, b_new, b_l
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
-def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, p_cos, p_sin, s_q, s_k, s_v, Tq, Tk, scale,
+def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, p_cos, p_sin, s_q, s_k, s_v, place, Tq, Tk, scale,
                      H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr,
                      BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, M: tl.constexpr,
                      ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
     """Attention over selected blocks, sink and window.  Equals hip.sparse_attention.
 
     Grid (NQ * PARTS, H, B); a program owns ROWS rows of one query block of one head, 1 / PARTS of the block.
-    p_blocks: (B, H, NQ, M) int32, p_start: (NQ,) int64, p_o: (B, H, Tq, D); contiguous.
+    p_blocks: (B, H, NQ, M) int32, p_start: (NQ,) int64, p_o: (B, H, Tq, D); contiguous.  place: see `placed`.
     Masks: m_r rows of this block that exist, m_t tokens that exist and that some row of the program may see
     (no later key or value is loaded), m_s the causal mask of sink and window.  Accumulates in float32.
     """
     PARTS: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
     i_n, i_h, i_b = tl.program_id(0) // PARTS, tl.program_id(1), tl.program_id(2)
+    i_x, i_c = i_b * HKV + i_h // (H // HKV), SINK // BLOCK_K + i_h % (H // HKV) * M
     i_g = (i_b * H + i_h).to(tl.int64)
     p_blocks += (i_g * (tl.num_programs(0) // PARTS) + i_n) * M
     p_q += i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
@@ -347,20 +395,22 @@ def attention_kernel(p_q, p_k, p_v, p_blocks, p_start, p_o, p_cos, p_sin, s_q, s
 
     for x in range(0, count_chosen(p_blocks, BLOCK_K, M), TILE):
         o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
-        m_s = m_t[None, :]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
+        o_p, m_s = placed(place, i_x, i_c, x + o_x, o_t, m_t, BLOCK_K), m_t[None, :]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, o_p, m_t, m_s, scale, CLIP, D)
     start = tl.load(p_start + i_n).to(tl.int32)
     for x in range(0, SINK + tl.maximum(end - start, 0), TILE):
         o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
         m_t, m_s = o_t < end, o_t[None, :] <= o_own[:, None]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
+        i_w = tl.where(x + o_x < SINK, 0, H // HKV * M)
+        o_p = placed(place, i_x, i_w, x + o_x, o_t, m_t, BLOCK_K)
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, o_p, m_t, m_s, scale, CLIP, D)
     p_o += (i_g * Tq + o_row[:, None]) * D + o_d[None, :]
     tl.store(p_o, (b_acc / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_q)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
-def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, p_cos, p_sin, s_q, s_k, s_v, Tq, Tk, scale,
-                 H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr,
+def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, p_cos, p_sin, s_q, s_k, s_v, place, Tq,
+                 Tk, scale, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, CLIP: tl.constexpr,
                  BLOCK_K: tl.constexpr, SINK: tl.constexpr, M: tl.constexpr, LOCAL: tl.constexpr,
                  CHOSEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
     """A share of hip.sparse_attention for one query block of few rows: decoding.
@@ -368,14 +418,15 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, p_cos, p_sin,
     Grid (LOCAL + G * CHOSEN, Hkv, B), G = H / Hkv.  The first LOCAL programs of a KV head each own a share of
     sink and window, for all its G query heads at once, which read the same keys there; then each query head
     has CHOSEN programs for its own selected blocks.  Row r of a program is query r % Tq of head r // Tq.
-    p_part: (B, H, Tq, LOCAL + CHOSEN, D) values, p_stat: (... , 2) maximum and sum; float32.
+    p_part: (B, H, Tq, LOCAL + CHOSEN, D) values, p_stat: (... , 2) maximum and sum; float32.  place: see
+    `placed`.
     Masks: m_r rows whose share this is, m_t tokens that exist and some row may see, m_s the causal mask.
     """
     G: tl.constexpr = H // HKV
     i_s, i_k, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_c = tl.maximum(i_s - LOCAL, 0)  # which share of the selected blocks, heads counted through
     o_r, o_d, o_x = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
-    i_h = i_k * G + i_c // CHOSEN
+    i_h, i_x = i_k * G + i_c // CHOSEN, i_b * HKV + i_k
     o_h, o_row = i_k * G + o_r // Tq, o_r % Tq
     m_r, m_d = (o_r < Tq * G) & (o_h >= i_h) & (o_h < i_h + tl.where(i_s < LOCAL, G, 1)), o_d < D
     m_q = m_r[:, None] & m_d[None, :]
@@ -394,8 +445,9 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, p_cos, p_sin,
     last = tl.where(i_s < LOCAL, first, tl.minimum(first + share, M * BLOCK_K))
     for x in range(first, last, TILE):
         o_t, m_t = chosen_tokens(p_blocks, x + o_x, Tk, BLOCK_K, M)
-        m_s = m_t[None, :]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
+        i_w = SINK // BLOCK_K + i_c // CHOSEN * M
+        o_p, m_s = placed(place, i_x, i_w, x + o_x, o_t, m_t, BLOCK_K), m_t[None, :]
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, o_p, m_t, m_s, scale, CLIP, D)
     start = tl.load(p_start).to(tl.int32)
     length = SINK + tl.maximum(Tk - start, 0)
     share = tl.cdiv(tl.cdiv(length, LOCAL), TILE) * TILE
@@ -403,7 +455,8 @@ def split_kernel(p_q, p_k, p_v, p_blocks, p_start, p_part, p_stat, p_cos, p_sin,
     for x in range(i_s * share, last, TILE):
         o_t = tl.where(x + o_x < SINK, x + o_x, x + o_x - SINK + start)
         m_t, m_s = o_t < Tk, o_t[None, :] <= o_own[:, None]
-        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, m_t, m_s, scale, CLIP, D)
+        o_p = placed(place, i_x, tl.where(x + o_x < SINK, 0, G * M), x + o_x, o_t, m_t, BLOCK_K)
+        b_acc, b_m, b_l = attend(b_q, b_acc, b_m, b_l, p_k, p_v, s_k, s_v, o_t, o_p, m_t, m_s, scale, CLIP, D)
     o_part = ((i_b * H + o_h).to(tl.int64) * Tq + o_row) * (LOCAL + CHOSEN)
     o_part += tl.where(i_s < LOCAL, i_s, LOCAL + i_c % CHOSEN)
     tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
@@ -435,7 +488,8 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
                      *, scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
     """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`.
 
-    From an offloaded cache query block by query block; ValueError with rope, which hip.py can do there.
+    From an offloaded cache query block by query block, out of its bank.  Where kernels cannot look up there,
+    hip.py puts the pages side by side for them; with rope that is a ValueError, and a case for hip.py alone.
     """
     check_inputs(q, k, v)
     check_device(q, selection, "selection")
@@ -445,29 +499,52 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
     split = NQ == 1 and H // Hkv * Tq <= SPLIT_ROWS
     if not isinstance(k, Paged):
-        return launch(q, k, v, selection, cfg, scale, rope, split)
-    if rope is not None:
-        raise ValueError("rope must be None with an offloaded cache, whose pages have no positions here")
+        return launch(q, k, v, Tk, selection, cfg, scale, rope, split)
+    starts, more = window_starts(selection), (cfg, scale, rope, split)
+    if NQ == 1:
+        return from_bank(q, k, v, selection, starts[0], *more)
     parts = []
     for i in range(NQ):
         rows = slice(i * cfg.block_q, min(Tq, (i + 1) * cfg.block_q))
         one = Selection(selection.blocks[:, :, i : i + 1], selection.window_start[i : i + 1])
         past = (x.first(Tk - Tq + rows.stop) for x in (k, v))
-        parts.append(launch(q[:, :, rows], *hip.side_by_side(*past, one, cfg), cfg, scale, None, split))
+        parts.append(from_bank(q[:, :, rows], *past, one, starts[i], *more))
     return torch.cat(parts, 2)
 
 
-def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
-           scale: float | None, rope: Rope | None, split: bool) -> torch.Tensor:
-    """The kernels of sparse_attention; split: share out the keys of the only query block."""
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    NQ = selection.blocks.shape[2]
+def from_bank(q: torch.Tensor, k: Paged, v: Paged, selection: Selection, start: int, cfg: HiPConfig,
+              scale: float | None, rope: Rope | None, split: bool) -> torch.Tensor:
+    """sparse_attention of one query block, whose window begins at `start`, from an offloaded cache."""
+    if (place := look_up(k, selection.blocks, start, cfg)) is not None:
+        near = (x.bank.rows[x.part].view(*k.shape[:2], -1, k.shape[3]) for x in (k, v))
+        return launch(q, *near, k.shape[2], selection, cfg, scale, rope, split, place)
+    if rope is not None:
+        raise ValueError("rope must be None where kernels cannot use an offloaded cache")
+    k, v, selection = hip.side_by_side(k, v, selection, cfg)
+    return launch(q, k, v, k.shape[2], selection, cfg, scale, None, split)
+
+
+def window_starts(selection: Selection) -> list[int]:
+    """Where the windows begin; the device is asked if `windows` has not noted it."""
+    start = selection.window_start
+    if not hasattr(start, "on_host"):
+        start.on_host = start.tolist()
+    return start.on_host
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, Tk: int, selection: Selection, cfg: HiPConfig,
+           scale: float | None, rope: Rope | None, split: bool, place: tuple | None = None) -> torch.Tensor:
+    """The kernels of sparse_attention; split: share out the keys of the only query block.
+
+    place: from `look_up`, where k and v are the slots of a bank.
+    """
+    (B, H, Tq, D), Hkv, NQ = q.shape, k.shape[1], selection.blocks.shape[2]
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
     if not blocks.shape[3]:  # a kernel wants one at least
         blocks = blocks.new_full((B, H, NQ, 1), -1)
     M, scale = blocks.shape[3], (D**-0.5 if scale is None else scale) / math.log(2)  # for powers of two
     o = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device)
-    more = *table(rope), q.stride(), k.stride(), v.stride(), Tq, Tk, scale
+    more = *table(rope), q.stride(), k.stride(), v.stride(), place, Tq, Tk, scale
     with torch.cuda.device_of(q):
         if not split:
             constants = attention_constants(cfg, H, Hkv, D, q.dtype, M)
@@ -492,10 +569,196 @@ def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPCon
     return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
 
 
+# --- the offloaded cache -----------------------------------------------------------------------------------
+#
+# A GPU reads and writes pinned host memory by itself, so kernels can do what hip.py's cache does on the host:
+# the page tables are read and changed on the device alone, and nobody waits for anybody.  Pages are not put
+# side by side: attention is told in which slots they are (`placed`).
+
+
+def pointers(bank: Bank) -> tuple:
+    """The argument `bank` of kernels: tables, counts, sizes, then store and slots of keys (and of values)."""
+    parts = (x for part in zip(bank.store, bank.rows, strict=True) for x in part)
+    return bank.slot_of, bank.page_of, bank.used, bank.counted, bank.pages, bank.slots, *parts
+
+
+def within_reach(bank: Bank, count: int) -> bool:
+    """Whether kernels can find `count` pages of a head at once: the slots suffice, and the store is near."""
+    near = bank.store[0].device == bank.counted.device or bank.store[0].is_pinned()
+    return near and min(count, bank.pages) <= bank.slots
+
+
+@triton.jit
+def copy_pages(p_from, b_from, p_to, b_to, count, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr):
+    """Copy `count` pages b_from (C,) to slots b_to (C,), of each page's BLOCK tokens every STRIDE-th.
+
+    Masks: m_x tokens of these pages, and the padding of D.
+    """
+    KEYS: tl.constexpr = BLOCK // STRIDE
+    TOKENS: tl.constexpr = COPY // BLOCK_D
+    o_x, o_d = tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)
+    for x in range(0, count * KEYS, TOKENS):
+        o_c, o_in = (x + o_x) // KEYS, (x + o_x) % KEYS
+        m_x = (o_c < count)[:, None] & (o_d < D)[None, :]
+        o_c = tl.minimum(o_c, b_from.shape[0] - 1)
+        o_f = tl.gather(b_from, o_c, 0).to(tl.int64) * BLOCK + o_in * STRIDE
+        o_t = tl.gather(b_to, o_c, 0).to(tl.int64) * KEYS + o_in
+        b_x = tl.load(p_from + o_f[:, None] * D + o_d[None, :], mask=m_x)
+        tl.store(p_to + o_t[:, None] * D + o_d[None, :], b_x, mask=m_x)
+
+
+@triton.jit
+def find(bank, i_x, again, b_page, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr,
+         BLOCK_D: tl.constexpr, SLOTS: tl.constexpr):
+    """Slots of pages b_page (C,) of key head i_x, -1 for none.  Brings in what is missing as hip.Bank.find.
+
+    again: how often the last call found its pages once more, to be counted.  SLOTS: of a head, rounded up to
+    a power of two.  A head belongs to one program, but to all threads of it: barriers stand where one may
+    read what another wrote, or write what another has yet to read.
+    Masks: m_s slots that exist, m_one each page once, m_hit pages that are here, m_new that are not, m_out
+    slots whose page goes.
+    """
+    C: tl.constexpr = b_page.shape[0]
+    i_x, pages, slots, p_counted = i_x.to(tl.int64), bank[4], bank[5], bank[3]
+    p_slot, p_page, p_used = bank[0] + i_x * pages, bank[1] + i_x * slots, bank[2] + i_x * slots
+    o_c, o_s = tl.arange(0, C), tl.arange(0, SLOTS)
+    m_s = o_s < slots
+    tl.debug_barrier()
+    b_used = tl.load(p_used + o_s, mask=m_s, other=-1)
+    call = tl.max(b_used, 0) + 1
+    hits = again * tl.sum((m_s & (b_used == call - 1)).to(tl.int64), 0)
+    b_want = tl.sort(tl.where(b_page < 0, NO_BLOCK, b_page))
+    m_one = (b_want != NO_BLOCK) & ((o_c == 0) | (tl.gather(b_want, tl.maximum(o_c - 1, 0), 0) != b_want))
+    b_slot = tl.load(p_slot + b_want, mask=m_one, other=-1)
+    m_hit, m_new = m_one & (b_slot >= 0), m_one & (b_slot < 0)
+    misses = tl.sum(m_new.to(tl.int64), 0)
+    tl.debug_barrier()
+    tl.store(p_used + b_slot, call, mask=m_hit)
+    tl.atomic_add(p_counted, hits + tl.sum(m_hit.to(tl.int64), 0), sem="relaxed")
+    if misses > 0:
+        tl.debug_barrier()
+        # as many slots, those with the lowest last use and number: bisect for the highest of them
+        b_key = tl.where(m_s, tl.load(p_used + o_s, mask=m_s, other=0), call) * SLOTS + o_s
+        low, high = tl.min(b_key, 0), call * SLOTS
+        while low < high:
+            middle = (low + high) >> 1
+            enough = tl.sum((b_key <= middle).to(tl.int64), 0) >= misses
+            low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
+        m_out = b_key <= low
+        # take the new pages, both in order
+        b_new = tl.sort(tl.where(m_new, b_want, NO_BLOCK))
+        b_in = tl.gather(b_new, tl.where(m_out, tl.cumsum(m_out.to(tl.int32), 0) - 1, 0), 0)
+        b_old = tl.load(p_page + o_s, mask=m_out, other=-1)
+        tl.atomic_add(p_counted + 1, misses, sem="relaxed")
+        tl.atomic_add(p_counted + 2, tl.sum((b_old >= 0).to(tl.int64), 0), sem="relaxed")
+        tl.debug_barrier()
+        tl.store(p_slot + b_old, -1, mask=b_old >= 0)
+        tl.store(p_slot + b_in, o_s, mask=m_out)
+        tl.store(p_page + o_s, b_in, mask=m_out)
+        tl.store(p_used + o_s, call, mask=m_out)
+        tl.debug_barrier()
+        b_to = tl.load(p_slot + b_new, mask=o_c < misses, other=0)
+        for part in tl.static_range(6, len(bank), 2):
+            p_store, p_rows = bank[part] + i_x * pages * BLOCK * D, i_x * slots * (BLOCK // STRIDE) * D
+            copy_pages(p_store, b_new, bank[part + 1] + p_rows, b_to, misses, BLOCK, STRIDE, D, BLOCK_D)
+        tl.debug_barrier()
+    return tl.load(p_slot + b_page, mask=b_page >= 0, other=-1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["first", "last", "count", "again"])
+def look_up_kernel(p_blocks, p_place, bank, first, last, count, again, LO: tl.constexpr, CHOSEN: tl.constexpr,
+                   PAGES: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr):
+    """Find all pages that a query block looks at, as hip.side_by_side does.
+
+    Grid (B * Hkv,); a program owns a key head: LO pages of the sink, CHOSEN blocks of all its query heads,
+    then the window from page `first` on, `count` in all, none behind page `last`.  p_blocks: (B * Hkv,
+    CHOSEN), p_place: (B * Hkv, PAGES) slots; int32, contiguous.  again: as in `find`.
+    Masks: m_b chosen blocks.
+    """
+    i_x, o_c = tl.program_id(0).to(tl.int64), tl.arange(0, PAGES)
+    o_b = o_c - LO
+    m_b = (o_b >= 0) & (o_b < CHOSEN)
+    b_page = tl.maximum(tl.load(p_blocks + i_x * CHOSEN + o_b, mask=m_b, other=0), 0)
+    b_page = tl.where(m_b, b_page, tl.where(o_b < 0, o_c, first + o_b - CHOSEN))
+    b_page = tl.where(o_c < count, tl.minimum(b_page, last), -1)
+    b_slot = find(bank, i_x, again, b_page, BLOCK, 1, D, BLOCK_D, SLOTS)
+    tl.store(p_place + i_x * PAGES + o_c, b_slot)
+
+
+def look_up(k: Paged, blocks: torch.Tensor, start: int, cfg: HiPConfig) -> tuple | None:
+    """Where sink, blocks (B, H, 1, M) and the window from `start` on are in the bank of k; for `placed`.
+
+    Returns slots (B * Hkv, PAGES) int32 and PAGES, or None if that is not `within_reach`.  A decoding step
+    mostly looks at what the step before it did, known by the same tensor `blocks`, and finds it where it was.
+    """
+    (B, Hkv, Tk, D), bank, lo = k.shape, k.bank, -(-cfg.sink // cfg.block_k)
+    first, last, chosen = start // bank.block, (Tk - 1) // bank.block, blocks[0].numel() // Hkv
+    known, *sizes, place = bank.latest or (None,) * 5
+    if known is blocks and sizes == [lo, first, last]:
+        bank.again += 1
+        return place
+    count = lo + chosen + max(0, last + 1 - first)
+    if not within_reach(bank, count):
+        return None
+    constants = look_up_constants(bank.block, lo, chosen, count, bank.slots, D)
+    place = torch.empty(B * Hkv, constants["PAGES"], dtype=torch.int32, device=k.device), constants["PAGES"]
+    with torch.cuda.device_of(blocks):
+        look_up_kernel[(B * Hkv,)](blocks.int().contiguous(), place[0], pointers(bank), first, last, count,
+                                   bank.again, **constants)
+    bank.latest, bank.again = (blocks, lo, first, last, place), 0
+    return place
+
+
+@triton.jit(do_not_specialize=["start", "T"])
+def append_kernel(p_k, p_v, bank, s_k, s_v, start, T, HKV: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+                  BLOCK_D: tl.constexpr, TOKENS: tl.constexpr):
+    """Write T keys and values behind the first `start`.  Equals hip.OffloadedKVCache.write.
+
+    Grid (cdiv(T, TOKENS), Hkv, B); a program owns TOKENS tokens of a key head.
+    Masks: m_x tokens that exist and the padding of D, m_s those whose page has a slot.
+    """
+    i_k, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_x, pages, slots = i_b * HKV + i_k, bank[4], bank[5]
+    o_x, o_d = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)[None, :]
+    o_t, m_x = start + o_x, (o_x < T)[:, None] & (o_d < D)
+    b_slot = tl.load(bank[0] + i_x * pages + o_t // BLOCK, mask=o_x < T, other=-1)
+    o_store = ((i_x * pages * BLOCK + o_t) * D)[:, None] + o_d
+    o_slot = (((i_x * slots + b_slot) * BLOCK + o_t % BLOCK) * D)[:, None] + o_d
+    m_s, o_x = m_x & (b_slot >= 0)[:, None], o_x[:, None].to(tl.int64)
+    b_k = tl.load(p_k + i_b * s_k[0] + i_k * s_k[1] + o_x * s_k[2] + o_d * s_k[3], mask=m_x)
+    b_v = tl.load(p_v + i_b * s_v[0] + i_k * s_v[1] + o_x * s_v[2] + o_d * s_v[3], mask=m_x)
+    tl.store(bank[6] + o_store, b_k, mask=m_x)
+    tl.store(bank[7] + o_slot, b_k, mask=m_s)
+    tl.store(bank[8] + o_store, b_v, mask=m_x)
+    tl.store(bank[9] + o_slot, b_v, mask=m_s)
+
+
+class OffloadedKVCache(hip.OffloadedKVCache):
+    """hip.OffloadedKVCache, its arguments and errors; one kernel writes what is appended."""
+
+    def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        bank, (B, Hkv, T, D) = self.banks[layer][1], k.shape
+        if not within_reach(bank, 0):
+            return super().write(layer, start, k, v)
+        check_device(k)
+        constants = append_constants(bank.block, Hkv, D)
+        with torch.cuda.device_of(k):
+            append_kernel[(-(-T // constants["TOKENS"]), Hkv, B)](
+                k, v, pointers(bank), k.stride(), v.stride(), start, T, **constants)
+
+
 # --- launch configurations ---------------------------------------------------------------------------------
 
 SPLIT_ROWS = 64  # query rows of a KV head up to which keys are split; more are work enough as they are
 SPLIT_TOKENS = 128  # keys of one program of split_kernel
+COPY = tl.constexpr(8192)  # numbers that copy_pages has on the way at once
+
+
+def at_least_16(n: int) -> int:
+    """n, or the next power of two."""
+    return max(16, triton.next_power_of_2(n))
 
 
 def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
@@ -510,19 +773,24 @@ def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
     return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=2)
 
 
-def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int) -> dict:
-    """Constants and options of search_kernel; previous: blocks of a previous selection, 0 for none."""
+@functools.cache
+def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int,
+                     slots: int = 0) -> dict:
+    """Constants and options of search_kernel; previous: blocks of a previous selection; slots: of a bank."""
     # one warp where that has the registers: sorts without barriers, twice as fast on an H200
     small = dtype != torch.float32 and D <= 128 and cfg.rope_clip is None
     sizes = tiles(D, dtype, cfg) | (dict(TILE=32, num_warps=1, num_stages=3) if small else {})
     sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
-    rows = max(16, triton.next_power_of_2(cfg.block_q // cfg.stride_q))
+    rows = at_least_16(cfg.block_q // cfg.stride_q)
+    if slots and rows < 64:  # pages to sort and move; from 64 rows on more warps would multiply differently
+        sizes["num_warps"] = 8
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
                 STRIDE_Q=cfg.stride_q, STRIDE_K=cfg.stride_k, LO=-(-cfg.sink // cfg.block_k),
                 WINDOW=cfg.window, M=cfg.budget, N=cfg.beam * cfg.budget, PREVIOUS=previous,
-                REPRESENTATIVE=cfg.representative, ROWS=rows, **sizes)
+                REPRESENTATIVE=cfg.representative, ROWS=rows, SLOTS=slots and at_least_16(slots), **sizes)
 
 
+@functools.cache
 def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int) -> dict:
     """Constants and options of attention_kernel; M: blocks of the selection."""
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
@@ -534,18 +802,33 @@ def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.d
                 SINK=sink, M=M, ROWS=rows, **tiles(D, dtype, cfg))
 
 
+@functools.cache
 def split_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int, Tq: int) -> dict:
     """Constants and options of split_kernel; M: blocks of the selection."""
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_K=cfg.block_k, SINK=sink, M=M,
                 LOCAL=triton.cdiv(sink + cfg.window + cfg.block_k, SPLIT_TOKENS),
                 CHOSEN=triton.cdiv(M * cfg.block_k, SPLIT_TOKENS),
-                ROWS=max(16, triton.next_power_of_2(H // Hkv * Tq)), **tiles(D, dtype, cfg))
+                ROWS=at_least_16(H // Hkv * Tq), **tiles(D, dtype, cfg))
 
 
+@functools.cache
 def merge_constants(D: int, parts: int) -> dict:
     """Constants and options of merge_kernel."""
     return dict(D=D, PARTS=parts, BLOCK_S=triton.next_power_of_2(parts), BLOCK_D=triton.next_power_of_2(D))
+
+
+@functools.cache
+def look_up_constants(block: int, lo: int, chosen: int, count: int, slots: int, D: int) -> dict:
+    """Constants and options of look_up_kernel: pages of sink and chosen blocks, pages in all, slots."""
+    return dict(LO=lo, CHOSEN=chosen, PAGES=at_least_16(count), SLOTS=at_least_16(slots), BLOCK=block, D=D,
+                BLOCK_D=triton.next_power_of_2(D), num_warps=4)
+
+
+@functools.cache
+def append_constants(block: int, Hkv: int, D: int) -> dict:
+    """Constants and options of append_kernel."""
+    return dict(HKV=Hkv, BLOCK=block, D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=16)
 
 
 # --- checks at the door ------------------------------------------------------------------------------------

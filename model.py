@@ -451,7 +451,8 @@ class Context:
             if offload is None:
                 self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
             else:
-                self.cache = hip.OffloadedKVCache(shape, c.heads, cfg, model.dtype, model.device, **offload)
+                self.cache = kernels.OffloadedKVCache(
+                    shape, c.heads, cfg, model.dtype, model.device, **offload)
         except RuntimeError as error:
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
@@ -462,6 +463,7 @@ class Context:
         self.selection: list[Selection | None] = [None] * c.layers
         # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
         self.scores = self.dense_scores = 0
+        self.counted = None, 0  # computed by one layer of this call; counting each layer's would wait for it
 
     def prefill(self, tokens: torch.Tensor, chunk: int = 2048) -> Iterator[torch.Tensor]:
         """Read a prompt (B, T), the last `dense_tail` queries densely.  Yields hidden states chunk by chunk.
@@ -514,7 +516,9 @@ class Context:
             _, hi = hip.domain(T, self.length, cfg, q.device)
             none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
             self.selection[layer] = Selection(none, hi * cfg.block_k)
-        self.scores += hip.count_scores(T, self.length, self.selection[layer], cfg, searched)
+        if self.counted[0] != (call := (T, self.length, searched)):
+            self.counted = call, hip.count_scores(T, self.length, self.selection[layer], cfg, searched)
+        self.scores += self.counted[1]
         return self.kernels.sparse_attention(q, k, v, self.selection[layer], cfg, rope=self.rope)
 
     def search_keys(self, layer: int, tokens: int) -> torch.Tensor | Paged:

@@ -689,8 +689,8 @@ class CacheMachine(stateful.RuleBasedStateMachine):
                 here |= {page: (here[page][0], self.calls) for page in pages if page in here}
                 free = [(-1, slot, None) for slot in set(range(slots)) - {slot for slot, _ in here.values()}]
                 oldest = sorted(free + [(used, slot, page) for page, (slot, used) in here.items()],
-                                key=lambda x: x[:2])
-                for page, (_, slot, gone) in zip(missing, oldest, strict=False):
+                                key=lambda x: x[:2])[: len(missing)]
+                for page, (_, slot, gone) in zip(missing, sorted(oldest, key=lambda x: x[1]), strict=True):
                     self.counts["evictions"] += here.pop(gone, None) is not None
                     here[page] = (slot, self.calls)
                 self.counts["misses"] += len(missing)
@@ -860,21 +860,6 @@ def test_triton_with_clipped_positions_attention_is_naive_rerope(kernels, case, 
 
 
 @needs_triton
-@pytest.mark.parametrize("Tq", [1, 16, 21])
-@pytest.mark.parametrize("Tk, sink", [(200, 10), (60, 40), (200, 0)])
-def test_triton_attention_from_an_offloaded_cache_changes_no_bit(kernels, Tq, Tk, sink):
-    cfg = HiPConfig(top_k=16, block_k=4, block_q=16, stride_q=2, sink=sink, window=9)
-    g = torch.Generator().manual_seed(Tq)
-    q, k, v = (tensor(g, "normal", 2, h, T, 32).to(DEVICE) for h, T in ((4, Tq), (2, Tk), (2, Tk)))
-    cache = hip.OffloadedKVCache((1, 2, 2, Tk, 32), 4, cfg, k.dtype, DEVICE)
-    cache.append(0, k, v)
-    selection = kernels.select_blocks(q, cache.search_keys(0), cfg)
-    assert torch.equal(selection.blocks, select_blocks(q, k, cfg).blocks)
-    o = kernels.sparse_attention(q, cache.keys(0), cache.values(0), selection, cfg)
-    assert torch.equal(o, kernels.sparse_attention(q, k, v, selection, cfg))
-
-
-@needs_triton
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_triton_remembers_what_the_reference_remembers(kernels, width):
     # two nodes for 70 blocks: many rounds, and what is remembered matters
@@ -965,11 +950,11 @@ def test_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
 def test_triton_kernels_compile_for_real_chips_without_spilling():
     # a sample; extras/compile_report.py without arguments compiles all of them
     command = [sys.executable, "extras/compile_report.py", "--dtype", "bfloat16", "--dim", "64", "128",
-               "--kernel", "search", "attention", "split", "merge"]
+               "--kernel", "search", "attention", "split", "merge", "look_up", "append"]
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=plain, cwd=HERE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "MMA" in done.stdout and done.stdout.count("\n| ") >= 4 * 4 * 2
+    assert "MMA" in done.stdout and done.stdout.count("\n| ") >= 4 * 6 * 2
 
 
 @needs_triton
@@ -991,6 +976,190 @@ def test_triton_decoding_with_many_rows_for_a_key_head(kernels):
         q, k, v = (tensor(g, "normal", 2, h, T, 32) for h, T in ((9, Tq), (1, 75), (1, 75)))
         selection = select_blocks(q, k, cfg)
         close_enough(on_device(kernels.sparse_attention, q, k, v, selection, cfg), q, k, v, selection, cfg)
+
+
+# kernels and the offloaded cache
+
+
+def bank_of(store, slots, stride=1):
+    return hip.Bank(list(store), slots, stride, DEVICE)
+
+
+def host_store(*shape, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return x.pin_memory() if GPU else x
+
+
+def assert_same_bank(bank, wanted):
+    """The same pages in the same slots, which will be given up in the same order, and the same counts."""
+    for name in ("slot_of", "page_of"):
+        assert torch.equal(getattr(bank, name), getattr(wanted, name)), name
+    later = [x.used[:, :, None] > x.used[:, None] for x in (bank, wanted)]
+    assert torch.equal(*later)
+    for x, y in zip(bank.rows, wanted.rows, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)  # a free slot is NaN
+    for name in ("hits", "misses", "evictions", "bytes"):
+        assert getattr(bank, name) == getattr(wanted, name), name
+
+
+@needs_triton
+@few
+@given(st.data())
+def test_triton_looks_up_and_replaces_pages_as_the_reference_does(kernels, data):
+    draw = data.draw
+    B, Hkv, group, M = (draw(st.sampled_from(x)) for x in ([1, 2], [1, 2], [1, 2, 5], [1, 2, 4]))
+    block, dtype = draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from(KERNEL_DTYPES))
+    cfg = HiPConfig(top_k=M * block, block_k=block, sink=draw(st.integers(0, 2 * block)), window=block)
+    lo, pages, blocks = -(-cfg.sink // block), draw(st.integers(8, 40)), None
+    store = host_store(2, B * Hkv, pages, block, 32, dtype=dtype)
+    slots = min(pages, lo + group * M + 3 + draw(st.integers(0, 8)))
+    bank, wanted = bank_of(store, slots), bank_of(store, slots)
+    for _ in range(6):
+        if blocks is None or draw(st.booleans()):
+            Tk = draw(st.integers(1, pages * block))
+            last = (Tk - 1) // block
+            start = max(lo, last + 1 - draw(st.integers(0, 3))) * block
+        if blocks is None or draw(st.booleans()):
+            shape, seed = (B, Hkv * group, 1, M), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+            blocks = torch.randint(-1, last + 1, shape, generator=seed, dtype=torch.int32).to(DEVICE)
+        selection = Selection(blocks, torch.tensor([start], device=DEVICE))
+        for _ in range(draw(st.integers(1, 3))):  # decoding asks for the same again and again
+            with mock.patch.object(torch, "empty", poisoned):
+                k = hip.Paged(bank, 0, (B, Hkv, Tk, 32), group)
+                place, _ = kernels.look_up(k, blocks, start, cfg)
+            k, v = (hip.Paged(wanted, part, (B, Hkv, Tk, 32), group) for part in (0, 1))
+            hip.side_by_side(k, v, selection, cfg)
+            assert_same_bank(bank, wanted)
+        sink, window = torch.arange(lo), torch.arange(pages)[start // block : last + 1]
+        looked_at = [x.expand(B * Hkv, -1) for x in (sink, blocks.cpu().view(B * Hkv, -1), window)]
+        looked_at = torch.cat(looked_at, 1).clamp(0, last)
+        place = place[:, : looked_at.shape[1]].long()
+        assert torch.equal(bank.page_of.gather(1, place).cpu(), looked_at)
+        if draw(st.booleans()):  # somebody else uses the bank
+            for x in (bank, wanted):
+                x.take(torch.tensor([0], device=DEVICE), torch.tensor([[last, 0]], device=DEVICE))
+
+
+@needs_triton
+@few
+@given(st.data())
+def test_triton_appends_as_the_reference_does(kernels, data):
+    draw = data.draw
+    B, Hkv, D, block = (draw(st.sampled_from(x)) for x in ([1, 2], [1, 3], [32, 80], [1, 4, 16]))
+    dtype, tokens = draw(st.sampled_from(KERNEL_DTYPES)), draw(st.integers(1, 90))
+    cfg = HiPConfig(top_k=block, block_k=block, sink=0, window=1)
+    caches = [module.OffloadedKVCache((1, B, Hkv, tokens, D), Hkv, cfg, dtype, DEVICE)
+              for module in (kernels, hip)]
+    g, T, head = torch.Generator().manual_seed(tokens), 0, torch.tensor([0], device=DEVICE)
+    while T < tokens:
+        n = min(draw(st.sampled_from([1, 1, 3, 40])), tokens - T)
+        new = [tensor(g, "normal", B, n, Hkv, D).to(DEVICE, dtype).transpose(1, 2) for _ in "kv"]
+        T += n
+        for cache in caches:
+            cache.append(0, *new)
+            cache.banks[0][1].wait()
+            # once the last page has a slot, what is appended to it must go there, too
+            cache.keys(0).take(head, torch.tensor([[(T - 1) // block]], device=DEVICE))
+        assert torch.equal(*(cache.store for cache in caches))
+        assert_same_bank(*(cache.banks[0][1] for cache in caches))
+        assert caches[0].counts() == caches[1].counts()
+    with pytest.raises(ValueError, match=f"the cache holds {tokens} tokens, and {T + 1} are too many"):
+        caches[0].append(0, new[0][:, :, :1], new[1][:, :, :1])
+
+
+@needs_triton
+@pytest.mark.parametrize("representative", ["center", "first"])
+@pytest.mark.parametrize("stride_k", [1, 2])
+def test_triton_searches_a_bank_page_by_page_as_the_reference_does(kernels, representative, stride_k):
+    # 32 blocks for 4 nodes: no branch is empty in any round, so that both look at the very same pages
+    cfg = HiPConfig(top_k=8, block_k=4, block_q=4, stride_q=2, stride_k=stride_k, beam=2, sink=4, window=4,
+                    representative=representative)
+    (B, Hkv, group, D), Tk = (2, 1, 2, 32), 4 + 32 * 4 + 4
+    store = host_store(1, B * Hkv, -(-Tk // 4), 4, D)
+    k = store.to(DEVICE).view(B, Hkv, -1, D)[:, :, :Tk]
+    bank, wanted = bank_of(store, 9, stride_k), bank_of(store, 9, stride_k)
+    g, selection = torch.Generator().manual_seed(0), None
+    for _ in range(3):
+        q = tensor(g, "normal", B, Hkv * group, 1, D).to(DEVICE)
+        previous, shape = selection, (B, Hkv, Tk, D)
+        selection = kernels.select_blocks(q, hip.Paged(bank, 0, shape, group), cfg, previous)
+        assert torch.equal(selection.blocks, kernels.select_blocks(q, k, cfg, previous).blocks)
+        for h in range(group):  # the query heads of a key head, one after the other
+            old = previous and Selection(previous.blocks[:, h::group], previous.window_start)
+            one = select_blocks(q[:, h::group], hip.Paged(wanted, 0, shape, 1), cfg, old)
+            assert torch.equal(one.blocks, selection.blocks[:, h::group])
+        assert_same_bank(bank, wanted)
+    assert bank.evictions > 0
+
+
+@needs_triton
+@pytest.mark.parametrize("heads, bound, reach, change", [
+    ((2, 1), None, (True, True), dict(stride_k=2)), ((5, 1), None, (True, True), dict(beam=1, sink=0)),
+    ((6, 2), None, (True, True), dict(rope_clip=40)), ((2, 1), 80, (False, True), {}),
+    ((2, 1), 8, (False, False), {}),
+])
+def test_triton_decodes_from_an_offloaded_cache_to_the_last_bit(kernels, heads, bound, reach, change):
+    cfg = HiPConfig(**dict(top_k=16, block_k=4, block_q=16, stride_q=2, sink=5, window=9) | change)
+    (H, Hkv), B, D, T, room = heads, 2 if bound else 1, 32, 150, 12
+    g, dtype = torch.Generator().manual_seed(H), KERNEL_DTYPES[H % len(KERNEL_DTYPES)]
+    q, k, v = (tensor(g, "normal", B, h, T + room, D).to(DEVICE, dtype) for h in (H, Hkv, Hkv))
+    rope = None if cfg.rope_clip is None else tuple(x.to(DEVICE) for x in rotary_table(T + room, D))
+    cache = kernels.OffloadedKVCache((1, B, Hkv, T + room, D), H, cfg, dtype, DEVICE, resident_tokens=bound)
+    assert tuple(kernels.within_reach(bank, 16) for bank in cache.banks[0]) == reach
+    searches, previous = {T, T + 1, T + 5, T + 9}, None
+    for start, end in [(0, T - 21), (T - 21, T)] + [(t, t + 1) for t in range(T, T + room)]:
+        queries, keys, values = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        cache.append(0, keys[:, :, start:], values[:, :, start:])
+        if start == 0:
+            continue
+        with mock.patch.object(torch, "empty", poisoned):
+            if end in searches:
+                found = kernels.select_blocks(queries, cache.search_keys(0), cfg, previous, rope=rope)
+                selection = kernels.select_blocks(queries, keys, cfg, previous, rope=rope)
+                assert torch.equal(found.blocks, selection.blocks)
+                assert torch.equal(found.window_start, selection.window_start)
+                previous = found if end > T else None
+            o = kernels.sparse_attention(queries, cache.keys(0), cache.values(0), found, cfg, rope=rope)
+            wanted = kernels.sparse_attention(queries, keys, values, selection, cfg, rope=rope)
+        assert torch.equal(o, wanted) and not o.isnan().any()
+        assert cache.resident_tokens() <= cache.bound
+    assert cache.banks[0][1].evictions > 0
+
+
+@needs_triton
+@pytest.mark.skipif(not GPU, reason="nothing can be waited for")
+def test_triton_decoding_from_an_offloaded_cache_never_waits_for_the_device(kernels):
+    cfg, shape = HiPConfig(top_k=64, window=64), (1, 1, 2, 4096, 64)
+    cache = kernels.OffloadedKVCache(shape, 4, cfg, torch.bfloat16, DEVICE)
+    new = [torch.randn(1, h, 3000, 64, device=DEVICE, dtype=torch.bfloat16) for h in (4, 2, 2)]
+    cache.append(0, *new[1:])
+    selection = None
+    try:
+        for step in range(40):
+            q, k, v = (x[:, :, step : step + 1] for x in new)
+            cache.append(0, k, v)
+            if step % 8 == 0:
+                selection = kernels.select_blocks(q, cache.search_keys(0), cfg, selection)
+            kernels.sparse_attention(q, cache.keys(0), cache.values(0), selection, cfg)
+            if step == 16:  # all is compiled
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_triton
+@pytest.mark.parametrize("Tq", [1, 16, 21])
+@pytest.mark.parametrize("Tk, sink", [(200, 10), (60, 40), (200, 0)])
+def test_triton_attention_from_an_offloaded_cache_changes_no_bit(kernels, Tq, Tk, sink):
+    cfg = HiPConfig(top_k=16, block_k=4, block_q=16, stride_q=2, sink=sink, window=9)
+    g = torch.Generator().manual_seed(Tq)
+    q, k, v = (tensor(g, "normal", 2, h, T, 32).to(DEVICE) for h, T in ((4, Tq), (2, Tk), (2, Tk)))
+    cache = hip.OffloadedKVCache((1, 2, 2, Tk, 32), 4, cfg, k.dtype, DEVICE)
+    cache.append(0, k, v)
+    selection = kernels.select_blocks(q, cache.search_keys(0), cfg)
+    assert torch.equal(selection.blocks, select_blocks(q, k, cfg).blocks)
+    o = kernels.sparse_attention(q, cache.keys(0), cache.values(0), selection, cfg)
+    assert torch.equal(o, kernels.sparse_attention(q, k, v, selection, cfg))
 
 
 # --- the model ---------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ TARGETS = {  # name: target, shared memory of one program
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = ("search", "attention", "split", "merge", "search-rope", "attention-rope", "split-rope")
+KERNELS = ("search", "attention", "split", "merge", "search-rope", "attention-rope", "split-rope",
+           "search-bank", "attention-bank", "split-bank", "look_up", "append")
+SLOTS = 1088  # of a search bank for 128k tokens
 OPTIONS = ("num_warps", "num_stages")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
@@ -67,21 +69,34 @@ class Row(NamedTuple):
 
 
 def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, Hkv: int = 3):
-    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors; -rope: clipped."""
-    kernel, rope, _ = kernel.partition("-rope")
-    cfg, M = replace(cfg, rope_clip=4096 if rope else None), cfg.budget
+    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors.
+
+    -rope: with clipped positions; -bank: from an offloaded cache.
+    """
+    kernel, _, kind = kernel.partition("-")
+    cfg, M = replace(cfg, rope_clip=4096 if kind == "rope" else None), cfg.budget
+    chosen, slots = H // Hkv * M, SLOTS if kind == "bank" else 0
     constants = {
-        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, M),
+        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, M, slots),
         "attention": lambda: hip_triton.attention_constants(cfg, H, Hkv, D, dtype, M),
         "split": lambda: hip_triton.split_constants(cfg, H, Hkv, D, dtype, M, 1),
         "merge": lambda: hip_triton.merge_constants(D, 8),
+        "look_up": lambda: hip_triton.look_up_constants(cfg.block_k, 1, chosen, chosen + 20, chosen + 23, D),
+        "append": lambda: hip_triton.append_constants(cfg.block_k, Hkv, D),
     }[kernel]()
+    constants = dict(constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     fn = getattr(hip_triton, f"{kernel}_kernel")
     plain = {"p_start": "*i64", "p_part": "*fp32", "p_stat": "*fp32"}
-    plain |= {"p_blocks": "*i32", "p_previous": "*i32", "p_cos": "*fp32", "p_sin": "*fp32"}
-    if not rope:
-        constants |= {name: None for name in ("p_cos", "p_sin") if name in fn.arg_names}
+    plain |= {"p_blocks": "*i32", "p_previous": "*i32", "p_place": "*i32", "p_cos": "*fp32", "p_sin": "*fp32"}
+    pointer = "*" + TRITON_NAME[dtype]
+    tuples = {"place": ("*i32", "i32"), "bank": ("*i64",) * 4 + ("i32",) * 2 + (pointer,) * 2}
+    if kernel != "search":
+        tuples["bank"] += (pointer,) * 2  # values too
+    if kernel in ("search", "attention", "split"):
+        given = {"rope": ("p_cos", "p_sin"), "bank": ("place", "bank")}.get(kind, ())
+        absent = {"p_cos", "p_sin", "place", "bank"}.intersection(fn.arg_names).difference(given)
+        constants |= dict.fromkeys(absent)
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants:
@@ -90,8 +105,11 @@ def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, 
             signature[name] = ("i32", "i32", "i32", "constexpr")
             constants[(i, 3)] = 1
             attrs |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        elif name in tuples:
+            signature[name] = tuples[name]
+            attrs |= {(i, j): [["tt.divisibility", 16]] for j, x in enumerate(tuples[name]) if x[0] == "*"}
         elif name.startswith("p_"):
-            signature[name] = plain.get(name, "*" + TRITON_NAME[dtype])
+            signature[name] = plain.get(name, pointer)
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"

@@ -246,14 +246,14 @@ def one_layer(job: Job, T: int) -> Iterator[Way]:
     cfg, new = HiPConfig(), offload.decoding(0, T, job.room, job.dtype)
     new = [[x.to(job.device) for x in step] for step in new]
     k, v = (x.to(job.device) for x in offload.resident(0, T, job.room, job.dtype))
-    near = offload.Decoder(cfg, job.device)
-    yield "device", lambda i: offload.decode_resident(k, v, T + i, near, *new[i]), None
+    near = offload.resident_decoder(k, v, T, cfg, job.kernels)
+    yield "device", lambda i: near(*new[i]), None
     for store in ("host", "disk"):
         shape = 1, 1, offload.HKV, T + job.room, offload.D
         cache = cache_of(job.kernels)(shape, offload.H, cfg, job.dtype, job.device, store)
         for start in range(0, T, offload.CHUNK):
             cache.append(0, *(x[:, :, start : min(T, start + offload.CHUNK)] for x in (k, v)))
-        decode = partial(offload.decode_offloaded, cache, 0, offload.Decoder(cfg, job.device))
+        decode = offload.offloaded_decoder(cache, 0, cfg, job.kernels)
         yield store, lambda i, decode=decode: decode(*new[i]), cache
 
 

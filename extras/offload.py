@@ -16,7 +16,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
@@ -65,39 +67,39 @@ def decoding(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[tu
 
 
 class Decoder:
-    """Decoding steps of one layer over some cache: a selection every refresh_interval steps, remembered."""
+    """Decoding steps of one layer over some cache: a selection every refresh_interval steps, remembered.
 
-    def __init__(self, cfg: HiPConfig, device: str):
-        self.cfg, self.selection, self.step, self.seconds, self.kernels = cfg, None, 0, [], hip
-        self.wait = lambda: None
-        if device.startswith("cuda"):
-            import hip_triton
+    append(k, v) writes a token; past() is then keys for the search, keys, and values.
+    """
 
-            self.kernels, self.wait = hip_triton, torch.cuda.synchronize
+    def __init__(self, cfg: HiPConfig, kernels: ModuleType, append: Callable, past: Callable):
+        self.cfg, self.kernels, self.append, self.past = cfg, kernels, append, past
+        self.selection, self.step = None, 0
 
-    def __call__(self, q, append, search_keys, keys, values) -> torch.Tensor:
-        self.wait()
-        started = time.perf_counter()
-        append()
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.append(k, v)
+        search_keys, keys, values = self.past()
         if self.step % self.cfg.refresh_interval == 0:
-            self.selection = self.kernels.select_blocks(q, search_keys(), self.cfg, self.selection)
-        o = self.kernels.sparse_attention(q, keys(), values(), self.selection, self.cfg)
-        self.wait()
+            self.selection = self.kernels.select_blocks(q, search_keys, self.cfg, self.selection)
         self.step += 1
-        self.seconds.append(time.perf_counter() - started)
-        return o
+        return self.kernels.sparse_attention(q, keys, values, self.selection, self.cfg)
 
 
-def decode_offloaded(cache: OffloadedKVCache, layer: int, decoder: Decoder, q, k, v) -> torch.Tensor:
-    return decoder(q, lambda: cache.append(layer, k, v), lambda: cache.search_keys(layer),
-                   lambda: cache.keys(layer), lambda: cache.values(layer))
+def offloaded_decoder(cache: OffloadedKVCache, layer: int, cfg: HiPConfig, kernels: ModuleType) -> Decoder:
+    return Decoder(cfg, kernels, lambda *new: cache.append(layer, *new),
+                   lambda: (cache.search_keys(layer), cache.keys(layer), cache.values(layer)))
 
 
-def decode_resident(k_all, v_all, length: int, decoder: Decoder, q, k, v) -> torch.Tensor:
-    def append():
-        k_all[:, :, length : length + 1], v_all[:, :, length : length + 1] = k, v
+def resident_decoder(k: torch.Tensor, v: torch.Tensor, length: int, cfg: HiPConfig,
+                     kernels: ModuleType) -> Decoder:
+    """k, v: with room behind the first `length` tokens."""
+    def append(*new):
+        nonlocal length
+        for x, y in zip((k, v), new, strict=True):
+            x[:, :, length : length + 1] = y
+        length += 1
 
-    return decoder(q, append, *(lambda x=x: x[:, :, : length + 1] for x in (k_all, k_all, v_all)))
+    return Decoder(cfg, kernels, append, lambda: tuple(x[:, :, :length] for x in (k, k, v)))
 
 
 def resident(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -109,10 +111,13 @@ def resident(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[to
     return out
 
 
-def per_step(seconds: list[float], cfg: HiPConfig) -> float:
-    """Milliseconds of a step: the mean over runs of refresh_interval steps, of those the median."""
-    r = cfg.refresh_interval
-    return 1e3 * statistics.median(sum(seconds[i : i + r]) / r for i in range(0, len(seconds) - r + 1, r))
+def decode(decoder: Decoder, steps: list, wait: Callable[[], None]) -> tuple[list[torch.Tensor], float]:
+    """Outputs of some steps, and milliseconds of each on average, without waiting for the device between."""
+    wait()
+    started = time.perf_counter()
+    outputs = [decoder(*new) for new in steps]
+    wait()
+    return outputs, 1e3 * (time.perf_counter() - started) / len(steps)
 
 
 def hit_rates(cache: OffloadedKVCache) -> list[float]:
@@ -122,53 +127,64 @@ def hit_rates(cache: OffloadedKVCache) -> list[float]:
 
 
 def table(options: argparse.Namespace) -> None:
-    cfg, dtype = HiPConfig(), torch.float32 if options.device == "cpu" else torch.bfloat16
+    cfg, dtype, kernels, wait = HiPConfig(), torch.float32, hip, lambda: None
+    if options.device != "cpu":
+        import hip_triton
+
+        dtype, kernels, wait = torch.bfloat16, hip_triton, torch.cuda.synchronize
+    r, steps = cfg.refresh_interval, options.steps or 64
+    if steps < 3 * r:
+        raise ValueError(f"--steps must be at least {3 * r}, for two runs of {r} to warm up, not {steps}")
     print("| tokens | on the device | bound | search hits | attention hits | resident ms | offloaded ms "
           "| ratio |\n" + "| --- " * 8 + "|")
     for T in options.tokens:
-        shape = 1, 1, HKV, T + options.steps, D
-        cache = OffloadedKVCache(shape, H, cfg, dtype, options.device, options.store, options.folder)
+        shape = 1, 1, HKV, T + steps, D
+        cache = kernels.OffloadedKVCache(shape, H, cfg, dtype, options.device, options.store, options.folder)
         fill(cache, 0, T, dtype)
-        k_all, v_all = (x.to(options.device) for x in resident(0, T, options.steps, dtype))
-        near, far = Decoder(cfg, options.device), Decoder(cfg, options.device)
-        for i, new in enumerate(decoding(0, T, options.steps, dtype)):
-            new = [x.to(options.device) for x in new]
-            same = torch.equal(decode_resident(k_all, v_all, T + i, near, *new),
-                               decode_offloaded(cache, 0, far, *new))
-            if not same or cache.resident_tokens() > cache.bound:
-                raise RuntimeError(f"at {T} tokens step {i} differs, or passes the bound")
-        a, b, rates = per_step(near.seconds, cfg), per_step(far.seconds, cfg), hit_rates(cache)
+        k_all, v_all = (x.to(options.device) for x in resident(0, T, steps, dtype))
+        near = resident_decoder(k_all, v_all, T, cfg, kernels)
+        far, times = offloaded_decoder(cache, 0, cfg, kernels), []
+        new = [[x.to(options.device) for x in step] for step in decoding(0, T, steps, dtype)]
+        for i in range(0, steps - r + 1, r):  # a search, and the steps that it serves
+            (wanted, a), (found, b) = (decode(decoder, new[i : i + r], wait) for decoder in (near, far))
+            if not all(map(torch.equal, wanted, found)) or cache.resident_tokens() > cache.bound:
+                raise RuntimeError(f"at {T} tokens a step from {i} to {i + r} differs, or passes the bound")
+            times.append((a, b))
+        # the first two runs compile: a search without and one with memory
+        (a, b), rates = (statistics.median(x) for x in zip(*times[2:], strict=True)), hit_rates(cache)
         print(f"| {T:,} | {cache.resident_tokens():,} | {cache.bound:,} | {rates[0]:.1%} | {rates[1]:.1%} "
-              f"| {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)
+              f"| {a:.3f} | {b:.3f} | {a / b:.2f} |", flush=True)
 
 
 def million(options: argparse.Namespace) -> None:
     cfg, dtype, T, layers = HiPConfig(), torch.bfloat16, options.tokens[0], options.layers
-    cache = OffloadedKVCache((layers, 1, HKV, T + options.steps, D), H, cfg, dtype, store="disk",
+    steps = options.steps or 32
+    cache = OffloadedKVCache((layers, 1, HKV, T + steps, D), H, cfg, dtype, store="disk",
                              folder=options.folder)
-    started = time.perf_counter()
+    filling = time.perf_counter()
     for layer in tqdm(range(layers), desc="fill", unit="layer", leave=False):
         fill(cache, layer, T, dtype)
     filled = time.perf_counter()
-    new = [decoding(layer, T, options.steps, dtype) for layer in range(layers)]
-    decoders, outputs = [Decoder(cfg, "cpu") for _ in range(layers)], {0: [], layers - 1: []}
-    for i in tqdm(range(options.steps), desc="decode", unit="step", leave=False):
+    new = [decoding(layer, T, steps, dtype) for layer in range(layers)]
+    decoders = [offloaded_decoder(cache, layer, cfg, hip) for layer in range(layers)]
+    outputs, times = {0: [], layers - 1: []}, []
+    for i in tqdm(range(steps), desc="decode", unit="step", leave=False):
+        started = time.perf_counter()
         for layer in range(layers):
-            o = decode_offloaded(cache, layer, decoders[layer], *new[layer][i])
-            outputs.get(layer, []).append(o)
+            outputs.get(layer, []).append(decoders[layer](*new[layer][i]))
+        times.append(1e3 * (time.perf_counter() - started))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    step = sum(per_step(decoder.seconds, cfg) for decoder in decoders)
+    r = cfg.refresh_interval
+    step = statistics.median(sum(times[i : i + r]) / r for i in range(0, max(1, steps - r + 1), r))
     rates = hit_rates(cache)
     print(f"{T:,} tokens in {layers} layers: file of {cache.store.nbytes / 1e9:.1f} GB filled in "
-          f"{filled - started:.0f} s; {options.steps} steps at {step:.0f} ms for all layers; on the device "
+          f"{filled - filling:.0f} s; {steps} steps at {step:.0f} ms for all layers; on the device "
           f"{cache.resident_tokens():,} tokens of a layer and head (bound {cache.bound:,}); found there "
           f"{rates[0]:.1%} of the search's and {rates[1]:.1%} of attention's pages; peak memory of the "
           f"process {peak / 1e9:.2f} GB")
     for layer, found in outputs.items():
-        k_all, v_all = resident(layer, T, options.steps, dtype)
-        decoder = Decoder(cfg, "cpu")
-        same = [torch.equal(found[i], decode_resident(k_all, v_all, T + i, decoder, *new[layer][i]))
-                for i in range(options.steps)]
+        decoder = resident_decoder(*resident(layer, T, steps, dtype), T, cfg, hip)
+        same = [torch.equal(o, decoder(*step)) for o, step in zip(found, new[layer], strict=True)]
         print(f"layer {layer}: {sum(same)} of {len(same)} steps equal the all-resident ones bit for bit")
         if not all(same):
             sys.exit(1)
@@ -180,7 +196,7 @@ def main() -> int:
     parser.add_argument("what", choices=("table", "million"))
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths (8k to 1M; 1M)")
     parser.add_argument("--layers", type=int, default=30, help="of million (%(default)s)")
-    parser.add_argument("--steps", type=int, default=32, help="decoding steps (%(default)s)")
+    parser.add_argument("--steps", type=int, help="decoding steps (64; 32)")
     parser.add_argument("--store", choices=("host", "disk"), default="host", help="of table (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of table (%(default)s)")
     parser.add_argument("--folder", help="for the file on disk (the system's temporary folder)")
