@@ -7,6 +7,8 @@ Read hip.py first; it says what is computed and why.  This file says how a GPU d
     attention_kernel  flash attention (one pass, running maximum and sum) over a query block's own tokens
     split_kernel      the same for decoding, where there are few queries: programs share out the keys ...
     merge_kernel      ... and this one adds up their parts
+    look_up_kernel    page table of an offloaded cache: one program finds, evicts and copies in for a key head
+    append_kernel     writes new keys and values to where an offloaded cache keeps them
 
 Glossary.  Names as in hip.py: B, H, Hkv, Tq, Tk, D, NQ, M, N, and f, l for a node [f, l) of the search.
     i_  index of a program or of the thing it owns       o_  offsets along a dimension       m_  mask

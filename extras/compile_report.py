@@ -4,7 +4,8 @@
     python extras/compile_report.py --target sm_90 --dim 64 128 --dtype float16
 
 Exit status 1 if a kernel with D <= 128 spills registers, or one needs more shared memory than its chip has;
-the kernels with clipped positions (-rope) hold two turns of everything and may spill a little.
+the kernels with clipped positions (-rope) hold two turns of everything and may spill a little, as the search
+of an offloaded cache (search-bank) may in float32.
 Registers and spills are read from the machine code by the cuobjdump inside Triton's wheel, for gfx942 from
 its assembly.
 Not with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
@@ -61,7 +62,8 @@ class Row(NamedTuple):
     def problem(self) -> str:
         """What is wrong with this kernel, or ''."""
         limit = TARGETS[self.target][1]
-        if self.D <= 128 and self.spills and "rope" not in self.kernel:
+        large = "rope" in self.kernel or (self.kernel, self.dtype) == ("search-bank", "float32")
+        if self.D <= 128 and self.spills and not large:
             return f"{self.kernel} D={self.D} {self.dtype} {self.target} spills {self.spills} bytes"
         if self.shared > limit:
             return f"{self.kernel} D={self.D} {self.dtype} {self.target}: shared {self.shared} > {limit}"
