@@ -513,9 +513,7 @@ class Context:
             keys, previous = self.search_keys(layer, self.length), self.previous(layer)
             self.selection[layer] = self.kernels.select_blocks(q, keys, cfg, previous, rope=self.rope)
         elif self.method == "streaming":
-            _, hi = hip.domain(T, self.length, cfg, q.device)
-            none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
-            self.selection[layer] = Selection(none, hi * cfg.block_k)
+            self.selection[layer] = no_blocks(q, self.length, cfg)
         if self.counted[0] != (call := (T, self.length, searched)):
             self.counted = call, hip.count_scores(T, self.length, self.selection[layer], cfg, searched)
         self.scores += self.counted[1]
@@ -536,6 +534,13 @@ class Context:
             return self.selection[layer]
         tail, self.tail[layer] = self.tail[layer], None
         return first_memory(tail, self.search_keys(layer, self.length - 1), self.cfg, self.rope)
+
+
+def no_blocks(q: torch.Tensor, Tk: int, cfg: HiPConfig) -> Selection:
+    """Sink and window alone for q (B, H, Tq, D), the last of Tk tokens."""
+    _, hi = hip.domain(q.shape[2], Tk, cfg, q.device)
+    none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
+    return Selection(none, hi * cfg.block_k)
 
 
 def first_memory(tail: torch.Tensor, k: torch.Tensor | Paged, cfg: HiPConfig,

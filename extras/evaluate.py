@@ -42,7 +42,7 @@ from tqdm import tqdm
 import hip
 from generate import FILLER, NEEDLE, OPENING, QUESTION
 from hip import HiPConfig, Selection
-from model import Context, Llama, Tokenizer, load
+from model import Context, Llama, Tokenizer, load, no_blocks
 
 TEXT_START = 20_000  # tokens of the text that are skipped
 ROWS = 64  # queries of a sample of `coverage`: one query block
@@ -90,9 +90,7 @@ def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> S
     """As `from_memory`, but in a prompt nothing is chosen: sink and window, then the dense tail."""
     if previous is not None:
         return from_memory(kernels, q, k, cfg, previous, rope=rope)
-    _, hi = hip.domain(q.shape[2], k.shape[2], cfg, q.device)
-    none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
-    return Selection(none, hi * cfg.block_k)
+    return no_blocks(q, k.shape[2], cfg)
 
 
 METHODS = {  # a new method is a line here

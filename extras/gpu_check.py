@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import measuring
 import offload
@@ -64,11 +63,6 @@ def now(forget: bool = False) -> float:
         if forget:
             torch.cuda.reset_peak_memory_stats()
     return time.perf_counter()
-
-
-def cache_of(kernels: ModuleType) -> type[OffloadedKVCache]:
-    """The offloaded cache of these kernels: their own if they have one."""
-    return getattr(kernels, "OffloadedKVCache", OffloadedKVCache)
 
 
 class Job:
@@ -178,7 +172,7 @@ def memory_case(name: str) -> None:
         o = kernels.sparse_attention(q, k, v, chosen, cfg, rope=rope)
         assert o.isfinite().all(), (Tq, dtype)
         if rope is None and dtype == torch.bfloat16:
-            cache = cache_of(kernels)((1, 2, Hkv, T, D), H, cfg, dtype, "cuda")
+            cache = kernels.OffloadedKVCache((1, 2, Hkv, T, D), H, cfg, dtype, "cuda")
             cache.append(0, k, v)
             for _ in range(2):  # all pages missing, then there
                 kernels.select_blocks(q, cache.search_keys(0), cfg, chosen)
@@ -250,7 +244,7 @@ def one_layer(job: Job, T: int) -> Iterator[Way]:
     yield "device", lambda i: near(*new[i]), None
     for store in ("host", "disk"):
         shape = 1, 1, offload.HKV, T + job.room, offload.D
-        cache = cache_of(job.kernels)(shape, offload.H, cfg, job.dtype, job.device, store)
+        cache = job.kernels.OffloadedKVCache(shape, offload.H, cfg, job.dtype, job.device, store)
         for start in range(0, T, offload.CHUNK):
             cache.append(0, *(x[:, :, start : min(T, start + offload.CHUNK)] for x in (k, v)))
         decode = offload.offloaded_decoder(cache, 0, cfg, job.kernels)
