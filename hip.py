@@ -600,7 +600,8 @@ class Bank:
         self.used = torch.full((heads, slots), -1, device=device)  # call that last needed a slot
         self.counted = torch.zeros(3, dtype=torch.long, device=device)  # hits, misses, evictions
         self.narrowed = 0  # bytes that were moved without a slot
-        self.latest, self.again = None, 0  # what a kernel found in the last call, and how often it did again
+        # of hip_triton alone: the last call, and how often it was repeated, which changes nothing but a count
+        self.latest, self.again = None, 0
 
     @property
     def hits(self) -> int:

@@ -1075,12 +1075,12 @@ def test_triton_searches_a_bank_page_by_page_as_the_reference_does(kernels, repr
     cfg = HiPConfig(top_k=8, block_k=4, block_q=4, stride_q=2, stride_k=stride_k, beam=2, sink=4, window=4,
                     representative=representative)
     (B, Hkv, group, D), Tk = (2, 1, 2, 32), 4 + 32 * 4 + 4
-    store = host_store(1, B * Hkv, -(-Tk // 4), 4, D)
+    store = host_store(1, B * Hkv, -(-Tk // 4), 4, D).mul_(2).round_()
     k = store.to(DEVICE).view(B, Hkv, -1, D)[:, :, :Tk]
     bank, wanted = bank_of(store, 9, stride_k), bank_of(store, 9, stride_k)
     g, selection = torch.Generator().manual_seed(0), None
     for _ in range(3):
-        q = tensor(g, "normal", B, Hkv * group, 1, D).to(DEVICE)
+        q = tensor(g, "whole", B, Hkv * group, 1, D).to(DEVICE)
         previous, shape = selection, (B, Hkv, Tk, D)
         selection = kernels.select_blocks(q, hip.Paged(bank, 0, shape, group), cfg, previous)
         assert torch.equal(selection.blocks, kernels.select_blocks(q, k, cfg, previous).blocks)
