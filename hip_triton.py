@@ -289,7 +289,8 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
         k = k.bank.rows[0].view(B, Hkv, -1, D)
     with torch.cuda.device_of(q):
         search_kernel[grid](q, k, old, blocks, *table(rope), q.stride(), k.stride(), bank, Tq, Tk,
-                            **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3], slots))
+                            **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3], slots,
+                                               math.prod(grid) <= FEW))
     return Selection(blocks, windows(Tq, Tk, cfg, q.device))
 
 
@@ -755,6 +756,7 @@ class OffloadedKVCache(hip.OffloadedKVCache):
 
 SPLIT_ROWS = 64  # query rows of a KV head up to which keys are split; more are work enough as they are
 SPLIT_TOKENS = 128  # keys of one program of split_kernel
+FEW = 132  # programs of search_kernel, as many as an H100 has units to run them
 COPY = tl.constexpr(8192)  # numbers that copy_pages has on the way at once
 
 
@@ -777,14 +779,21 @@ def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
 
 @functools.cache
 def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int,
-                     slots: int = 0) -> dict:
-    """Constants and options of search_kernel; previous: blocks of a previous selection; slots: of a bank."""
-    # one warp where that has the registers: sorts without barriers, twice as fast on an H200
-    small = dtype != torch.float32 and D <= 128 and cfg.rope_clip is None
-    sizes = tiles(D, dtype, cfg) | (dict(TILE=32, num_warps=1, num_stages=3) if small else {})
+                     slots: int = 0, few: bool = False) -> dict:
+    """Constants and options of search_kernel; previous: blocks of a previous selection; slots: of a bank.
+
+    few: there are no more programs than FEW.
+    """
+    sizes, rows = tiles(D, dtype, cfg), at_least_16(cfg.block_q // cfg.stride_q)
+    if dtype != torch.float32 and D <= 128 and cfg.rope_clip is None:
+        # one warp, if its registers suffice: sorts without barriers, twice as fast on an H200
+        sizes |= dict(TILE=32, num_warps=1, num_stages=3)
+        # a program that has a unit of the GPU to itself uses all of it: 1.6 times as fast on an H100.  Not
+        # from 64 rows on, where more warps multiply in another way, and so may choose otherwise
+        if few and rows < 64:
+            sizes |= dict(TILE=8192 // sizes["BLOCK_D"], num_warps=8)
     sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
-    rows = at_least_16(cfg.block_q // cfg.stride_q)
-    if slots and rows < 64:  # pages to sort and move; from 64 rows on more warps would multiply differently
+    if slots and rows < 64:  # pages to sort and move
         sizes["num_warps"] = 8
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
                 STRIDE_Q=cfg.stride_q, STRIDE_K=cfg.stride_k, LO=-(-cfg.sink // cfg.block_k),

@@ -41,8 +41,8 @@ TARGETS = {  # name: target, shared memory of one program
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = ("search", "attention", "split", "merge", "search-rope", "attention-rope", "split-rope",
-           "search-bank", "attention-bank", "split-bank", "look_up", "append")
+KERNELS = ("search", "search-few", "attention", "split", "merge", "search-rope", "attention-rope",
+           "split-rope", "search-bank", "attention-bank", "split-bank", "look_up", "append")
 SLOTS = 1088  # of a search bank for 128k tokens
 OPTIONS = ("num_warps", "num_stages")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -73,13 +73,13 @@ class Row(NamedTuple):
 def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, Hkv: int = 3):
     """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors.
 
-    -rope: with clipped positions; -bank: from an offloaded cache.
+    -rope: with clipped positions; -bank: from an offloaded cache; -few: with few programs.
     """
     kernel, _, kind = kernel.partition("-")
     cfg, M = replace(cfg, rope_clip=4096 if kind == "rope" else None), cfg.budget
-    chosen, slots = H // Hkv * M, SLOTS if kind == "bank" else 0
+    chosen, slots, few = H // Hkv * M, SLOTS if kind == "bank" else 0, kind in ("few", "bank")
     constants = {
-        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, M, slots),
+        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, M, slots, few),
         "attention": lambda: hip_triton.attention_constants(cfg, H, Hkv, D, dtype, M),
         "split": lambda: hip_triton.split_constants(cfg, H, Hkv, D, dtype, M, 1),
         "merge": lambda: hip_triton.merge_constants(D, 8),
