@@ -41,6 +41,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # gathered keys of one piece of work, in bytes: few enough to stay in a CPU's cache between gather and
 # product, enough to keep its matrix units busy
@@ -503,14 +504,16 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     """Causal attention over everything, the oracle: torch's own.  Shapes as `sparse_attention`."""
     check_inputs(q, k, v)
     (_, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
+    rows, mask = q, None
     if Tq == 1 and H != Hkv:  # heads that share keys as rows of one product: many times faster on a CPU
-        rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
-        return F.scaled_dot_product_attention(rows, k, v, scale=scale).view_as(q)
-    mask = None
-    if 1 < Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
+        rows, H = q.unflatten(1, (Hkv, -1)).flatten(2, 3), Hkv  # (B, Hkv, H / Hkv, D)
+    elif 1 < Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu_(Tk - Tq + 1)
-    causal, gqa = Tq == Tk, H != Hkv
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    # not by cuDNN, which plans anew for each length: decoding would be four times slower
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        o = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=1 < Tq == Tk, scale=scale,
+                                           enable_gqa=H != Hkv)
+    return o.reshape(q.shape)
 
 
 def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched: bool = True) -> int:

