@@ -177,15 +177,19 @@ class Blocks:
             else:
                 token = (start[..., None] + torch.arange(self.block, device=blocks.device)).clamp(max=T - 1)
                 rows, row = tokens, head_row[..., None] + token
-            size, row = row.numel() * rows.shape[1], row.flatten()
-            if torch.is_grad_enabled() and rows.requires_grad:
-                x = rows.index_select(0, row)
-            else:  # into the same memory each time: fresh pages cost the system more time than the copy
-                if len(self.room[i]) < size:
-                    self.room[i] = rows.new_empty(size)
-                x = torch.index_select(rows, 0, row, out=self.room[i][:size].view(len(row), -1))
+            x = gather(rows, row.flatten(), self.room, i)
             taken.append(x.view(*blocks.shape, self.block, -1)[:, :, :: self.stride])
         return taken
+
+
+def gather(rows: torch.Tensor, row: torch.Tensor, room: list[torch.Tensor], i: int) -> torch.Tensor:
+    """rows[row], in room[i]: fresh pages of memory each time cost the system more than the copy does."""
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return rows.index_select(0, row)
+    size = len(row) * rows.shape[1]
+    if len(room[i]) < size:
+        room[i] = rows.new_empty(size)
+    return torch.index_select(rows, 0, row, out=room[i][:size].view(len(row), -1))
 
 
 def key_blocks(query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor | Paged) -> Blocks | Paged:
@@ -218,52 +222,92 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return o
 
 
-def products(q: torch.Tensor, k: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, cfg: HiPConfig,
-             rope: Rope | None) -> torch.Tensor:
-    """q . k of rows (G, R, D) at positions own (G, R) and keys (G, L, D) at tokens (G, L): (G, R, L) float32.
+def near_from(Tq: int, Tk: int, cfg: HiPConfig) -> int:
+    """Position from which keys are nearer than rope_clip to some query; 0 without clipping."""
+    return 0 if cfg.rope_clip is None else max(0, Tk - Tq - cfg.rope_clip)
 
-    rope: None when q and k are rotated already.  Else they are not, and each pair is set at the distance
-    min(own - token, rope_clip), so that no model meets a distance that it was not trained for (the rule of
-    ReRoPE; not in the paper).  Nearer pairs are rotated by their positions, counted from where the first
-    query's near keys begin; for all others the query alone is turned, by rope_clip.
-    """
+
+def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: int, cfg: HiPConfig,
+                  rope: Rope | None) -> Blocks | None:
+    """Keys rotated before they are gathered, which pays where many query blocks gather the same."""
+    if rope is None or isinstance(k, Paged) or Tq <= cfg.block_q:
+        return None
+    zero, turned = near_from(Tq, k.shape[2], cfg), torch.zeros(k.shape, device=k.device)
+    turned[:, :, zero:] = rotate(k[:, :, zero:], *(x[: k.shape[2] - zero] for x in rope))
+    return Blocks(query_heads, cfg.block_k, stride, turned)
+
+
+def turned_rows(q: torch.Tensor, own: torch.Tensor, cfg: HiPConfig,
+                rope: Rope | None) -> tuple[torch.Tensor, ...]:
+    """Rows (G, R, D) at positions own (G, R) for `products`, float32; with rope for near keys and for far."""
     if rope is None:
-        return q @ k.transpose(1, 2)
-    (cos, sin), clip = rope, cfg.rope_clip
-    start, L = own.amin(1, keepdim=True) - clip, k.shape[1]  # up to start (G, 1) a key is far from every row
-    near = (tokens > start).any(0)  # (L,) in some pair
-    far = (tokens <= own.amax(1, keepdim=True) - clip).any(0)
-    # keys stand in order, but for padding: first those that are only far, then both, then only near
-    number = torch.arange(1, L + 1, device=q.device)
-    near_start, far_end = L - int((near * number.flip(0)).amax()), int((far * number).amax())
-    parts = []
-    if far_end > 0:
-        parts.append(rotate(q, cos[clip], sin[clip]) @ k[:, :far_end].transpose(1, 2))
-    if near_start < L:
-        zero = start.clamp(min=0)
-        at, at_k = own - zero, (tokens[:, near_start:] - zero).clamp(0, len(cos) - 1)
-        turn = (x.index_select(0, at_k.flatten()).unflatten(0, at_k.shape) for x in rope)
-        parts.append(rotate(q, cos[at], sin[at]) @ rotate(k[:, near_start:], *turn).transpose(1, 2))
-    if len(parts) == 1:
-        return parts[0]
-    distant, n = own[:, :, None] - tokens[:, None, near_start:far_end] >= clip, far_end - near_start
-    both = parts[0][..., near_start:].where(distant, parts[1][..., :n])
-    return torch.cat([parts[0][..., :near_start], both, parts[1][..., n:]], -1)
+        return q.float(),
+    (cos, sin), clip = rope, min(cfg.rope_clip, len(rope[0]) - 1)  # where nothing is far, rope may be shorter
+    return rotate(q, cos[own], sin[own]), rotate(q, cos[clip], sin[clip])
 
 
-def block_scores(q: torch.Tensor, own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
-                 blocks: torch.Tensor, cfg: HiPConfig, rope: Rope | None) -> torch.Tensor:
-    """Score of key blocks (G, C), the largest product of strided keys and query rows (G, R, D): (G, C)."""
-    (G, C), scores = blocks.shape, []
-    in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=q.device)
-    for g in pieces(G, PIECE_BYTES // (4 * C * len(in_block) * q.shape[2]), q.device):
-        keys = k.take(head[g], blocks[g])[0].flatten(1, 2).float()  # (G, C * keys, D)
-        if rope is None:  # rows of keys, so that the maximum runs along memory
-            s = keys @ q[g].transpose(1, 2)  # (G, C * keys, R)
+def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tokens: torch.Tensor,
+             cfg: HiPConfig, rope: Rope | None, turned: Callable | None = None,
+             keys_first: bool = False) -> torch.Tensor:
+    """q . k of `turned_rows` and the keys of C blocks of n: (G, R, C * n) float32, or (G, C * n, R).
+
+    keys: gives the keys (G, c, n, D) of a range of the C blocks.  rope: None if q and k are rotated already.
+    Else they are not, and each pair is set at the distance min(own - token, rope_clip), so that no model
+    meets a distance that it was not trained for (the rule of ReRoPE; not in the paper).  Nearer pairs are
+    rotated by their positions, own (G, R) and tokens (G or 1, C, n), which count from `near_from`; for all
+    others the query alone is turned, by rope_clip.  turned: gives keys that are rotated already, if any are.
+    """
+    def times(q, k):
+        k = k.flatten(1, 2).float()
+        return k @ q.transpose(1, 2) if keys_first else q @ k.transpose(1, 2)
+
+    if rope is None:
+        return times(q[0], keys(slice(None)))
+    clip, (_, C, n), runs, dim = cfg.rope_clip, tokens.shape, [], 1 if keys_first else 2
+    near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - clip).any(0)  # (C,) in some pair
+    far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - clip).any(0)
+    # blocks stand in order, but for padding: first those that are only far, then both, then only near
+    number = torch.arange(1, C + 1, device=own.device)
+    start, end = C - int((near * number.flip(0)).amax()), int((far * number).amax())
+    if end > 0:
+        runs.append(times(q[1], keys(slice(0, end))))
+    if start < C:
+        if turned:
+            b_k = turned(slice(start, C))
         else:
-            tokens = (blocks[g, :, None] * cfg.block_k + in_block).flatten(1)
-            s = products(q[g], keys, own[g], tokens, cfg, rope).amax(1)  # (G, C * keys)
-        scores.append(s.view(*blocks[g].shape, -1).amax(-1))
+            at = tokens[:, start:].clamp(0, len(rope[0]) - 1)  # only what is far, or padding, lies outside
+            turn = (x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in rope)
+            b_k = rotate(keys(slice(start, C)), *turn)
+        runs.append(times(q[0], b_k))
+    if start < end:
+        apart, both = own[:, :, None] - tokens[:, start:end].flatten(1)[:, None], (end - start) * n
+        clipped = (apart.transpose(1, 2) if keys_first else apart) >= clip
+        distant, mixed = runs[0].split((start * n, both), dim)
+        nearby, rest = runs[1].split((both, (C - end) * n), dim)
+        runs = [distant, mixed.where(clipped, nearby), rest]
+    return torch.cat(runs, dim) if len(runs) > 1 else runs[0]
+
+
+def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
+                 blocks: torch.Tensor, cfg: HiPConfig, rope: Rope | None, zero: int = 0,
+                 turned: Blocks | None = None) -> torch.Tensor:
+    """Score of key blocks (G, C), the largest product of strided keys and `turned_rows`: (G, C).
+
+    own: positions (G, R) of the rows, counted from zero.  turned: from `turned_blocks`.
+    """
+    C, scores = blocks.shape[1], []
+    in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device) - zero
+    size = PIECE_BYTES if own.shape[1] > 1 else 4 * PIECE_BYTES  # a single row is little work: fewer calls
+    for g in pieces(len(blocks), size // (4 * C * len(in_block) * q[0].shape[2]), blocks.device):
+        at = head[g], blocks[g]
+
+        def gather_from(source, at=at):
+            return lambda c: source.take(at[0], at[1][:, c])[0]
+
+        tokens = blocks[g][:, :, None] * cfg.block_k + in_block  # (G, C, keys)
+        s = products([x[g] for x in q], own[g], gather_from(k), tokens, cfg, rope,
+                     turned and gather_from(turned), keys_first=True)
+        scores.append(s.view(*blocks[g].shape, -1).amax(-1))  # keys first, so that it runs along memory
     return finite(torch.cat(scores))
 
 
@@ -326,7 +370,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     q: (B, H, Tq, D), k: (B, Hkv, Tk, D); float32, float16 or bfloat16; scores are taken in float32.
     previous: an earlier selection with the same B, H and NQ; its blocks stay candidates.
     rope: with cfg.rope_clip, cos and sin of positions 0, 1, ...: (rows, D / 2) float32 each, as many rows as
-    keys, of which rope_clip + block_q suffice; q and k are then not rotated yet.
+    keys, of which rope_clip + Tq suffice; q and k are then not rotated yet.
 
     Returns a Selection.  Raises ValueError when shapes, dtypes or devices do not fit together.
     The selection of a block sees all of the block's queries, later ones too, but no later key or value.
@@ -336,23 +380,24 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     """
     check_inputs(q, k)
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
+    check_rope(rope, q, Tk, cfg)
     lo, hi = domain(Tq, Tk, cfg, q.device)
-    NQ, M = len(hi), cfg.budget
+    NQ, M, zero = len(hi), cfg.budget, near_from(Tq, Tk, cfg)
     if previous is not None:
         check_selection(previous, B, H, NQ, "previous")
-    rows = query_blocks(q, cfg)[:, :: cfg.stride_q]
-    own = row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q]
+    own = (row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero).repeat(B * H, 1)  # (G, R)
+    rows = turned_rows(query_blocks(q, cfg)[:, :: cfg.stride_q], own, cfg, rope)
     keys = key_blocks(H, cfg.block_k, cfg.stride_k, k)
+    turned = turned_blocks(H, cfg.stride_k, k, Tq, cfg, rope)
     out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
     if int(hi.max()) == lo:  # sink and window cover everything
         return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
     heads, index = number(B * H, NQ, q.device)
     for g in pieces(len(out), 64, q.device):
-        head, i, b_q = heads[g], index[g], rows[g].float()
+        head, i, b_q = heads[g], index[g], [x[g] for x in rows]
 
-        def score(blocks, b_q=b_q, head=head, i=i):
-            return block_scores(b_q, own[i], keys, head, blocks, cfg, rope)
+        def score(blocks, b_q=b_q, head=head, own=own[g]):
+            return block_scores(b_q, own, keys, head, blocks, cfg, rope, zero, turned)
 
         blocks, scores = search(score, lo, hi[i] - lo, cfg)
         if previous is not None:
@@ -372,20 +417,21 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
     """
     check_inputs(q, k)
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
+    check_rope(rope, q, Tk, cfg)
     _, hi = domain(Tq, Tk, cfg, q.device)
+    zero = near_from(Tq, Tk, cfg)
     blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
-    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].float().unflatten(0, (B * H, len(hi)))
-    own = row_positions(Tq, Tk, cfg, q.device)[:, None, :: cfg.stride_q].expand(-1, B * H, -1)
+    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].unflatten(0, (B * H, len(hi)))
+    own = row_positions(Tq, Tk, cfg, q.device)[:, None, :: cfg.stride_q].expand(-1, B * H, -1) - zero
     scores = torch.empty(B * H, len(hi), blocks, device=q.device)
     for c in pieces(blocks, 256, q.device):
         tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
         keys = k.narrow(2, c.start * cfg.block_k, len(tokens)).unflatten(2, (-1, cfg.block_k))
-        keys = keys[..., :: cfg.stride_k, :].flatten(2, 3).float()
-        keys = keys.repeat_interleave(H // k.shape[1], 1).flatten(0, 1)  # (B * H, keys, D)
-        tokens = tokens.view(-1, cfg.block_k)[:, :: cfg.stride_k].flatten().expand(B * H, -1)
+        keys = keys[..., :: cfg.stride_k, :].repeat_interleave(H // k.shape[1], 1).flatten(0, 1)
+        tokens = tokens.view(1, -1, cfg.block_k)[..., :: cfg.stride_k] - zero
         for i in range(len(hi)):
-            s = products(rows[:, i], keys, own[i], tokens, cfg, rope).amax(1)  # (B * H, keys)
+            b_q = turned_rows(rows[:, i], own[i], cfg, rope)
+            s = products(b_q, own[i], lambda c, keys=keys: keys[:, c], tokens, cfg, rope, keys_first=True)
             scores[:, i, c] = s.view(B * H, c.stop - c.start, -1).amax(-1)
     return best_of_domain(finite(scores).view(B, H, len(hi), blocks), Tq, Tk, cfg)
 
@@ -433,9 +479,10 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     check_selection(selection, B, H, NQ, "selection")
     if (selection.window_start % cfg.block_k).any():
         raise ValueError(f"selection must have windows that begin with a block of {cfg.block_k} tokens")
-    check_rope(rope, q, Tk, R, cfg)
-    scale, device = D**-0.5 if scale is None else scale, q.device
+    check_rope(rope, q, Tk, cfg)
+    scale, device, zero = D**-0.5 if scale is None else scale, q.device, near_from(Tq, Tk, cfg)
     rows, past = query_blocks(q, cfg), key_blocks(H, cfg.block_k, 1, k, v)
+    turned = turned_blocks(H, 1, k, Tq, cfg, rope)
     lo, M = -(-cfg.sink // cfg.block_k), selection.blocks.shape[3]
     in_block = torch.arange(cfg.block_k, device=device)
     own, first = row_positions(Tq, Tk, cfg, device), selection.window_start // cfg.block_k
@@ -449,9 +496,16 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         head, i = heads[g], index[g]
         chosen = selection.blocks.flatten(0, 2)[g].long()  # (G, M)
         blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
-        tokens = (blocks[..., None] * cfg.block_k + in_block).flatten(1)  # (G, L) positions looked at
-        b_k, b_v = (x.flatten(1, 2) for x in past.take(head, blocks))  # (G, L, D)
-        s = products(rows[g].float() * scale, b_k.float(), own[i], tokens, cfg, rope)  # (G, R, L)
+        tokens = blocks[..., None] * cfg.block_k + in_block  # (G, C, block_k) positions looked at
+        b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
+
+        def near(c, head=head, blocks=blocks):
+            return turned.take(head, blocks[:, c])[0]
+
+        at = own[i] - zero
+        b_q = turned_rows(rows[g].float() * scale, at, cfg, rope)
+        s = products(b_q, at, lambda c, b_k=b_k: b_k[:, c], tokens - zero, cfg, rope, turned and near)
+        tokens = tokens.flatten(1)
         # causal mask: only behind the first query, unless a short text's sink reaches into the window
         seen = int((own[i, 0] - selection.window_start[i]).min())
         masked = (lo + M) * cfg.block_k + seen + 1 if seen >= 0 else 0
@@ -460,7 +514,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         if (chosen < 0).any():
             padding = (chosen < 0).repeat_interleave(cfg.block_k, 1)
             s[:, :, lo * cfg.block_k : (lo + M) * cfg.block_k].masked_fill_(padding[:, None], -math.inf)
-        out[g] = s.softmax(-1).to(v.dtype) @ b_v
+        out[g] = s.softmax(-1).to(v.dtype) @ b_v.flatten(1, 2)
     return out.view(B, H, NQ * R, D)[:, :, :Tq]
 
 
@@ -469,19 +523,22 @@ def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | 
     """Causal attention over everything, a run of keys at a time, so that not all need be near at once.
 
     Equals `dense_attention` but for rounding, and can clip positions; for a prompt's tail and dense layers.
-    Arguments as `sparse_attention`; rope needs rope_clip + Tq rows, if there are as many keys.
+    Arguments as `sparse_attention`.
     """
     check_inputs(q, k, v)
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    check_rope(rope, q, Tk, Tq, cfg)
+    check_rope(rope, q, Tk, cfg)
+    zero = near_from(Tq, Tk, cfg)
     q = q.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float()  # (B * Hkv, rows, D)
     q = q * (D**-0.5 if scale is None else scale)
     own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(len(q), -1)  # (B * Hkv, rows)
+    rows = turned_rows(q, own - zero, cfg, rope)
     o, total, top = torch.zeros_like(q), 0.0, torch.full_like(q[..., :1], -math.inf)
     for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
         tokens = torch.arange(piece.start, piece.stop, device=q.device)
         b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
-        s = products(q, b_k, own, tokens.expand(len(q), -1), cfg, rope)  # (B * Hkv, rows, n)
+        at = tokens[None, :, None] - zero
+        s = products(rows, own - zero, lambda c, b_k=b_k: b_k[:, c, None], at, cfg, rope)
         if piece.stop > Tk - Tq:
             s.masked_fill_(tokens > own[..., None], -math.inf)
         highest = torch.maximum(top, s.amax(-1, keepdim=True))
@@ -554,14 +611,13 @@ def check_inputs(q: torch.Tensor, *kv: torch.Tensor) -> None:
         raise ValueError(f"k and v must have one shape, not {tuple(kv[0].shape)} and {tuple(kv[1].shape)}")
 
 
-def check_rope(rope: Rope | None, q: torch.Tensor, Tk: int, rows: int, cfg: HiPConfig) -> None:
-    """rows: queries whose distances are measured together."""
+def check_rope(rope: Rope | None, q: torch.Tensor, Tk: int, cfg: HiPConfig) -> None:
     if (rope is None) != (cfg.rope_clip is None):
         raise ValueError("rope must be given with rope_clip, and only then; "
                          f"rope_clip is {cfg.rope_clip} here")
     if rope is None:
         return
-    half, wanted = q.shape[3] // 2, min(Tk, cfg.rope_clip + rows)
+    half, wanted = q.shape[3] // 2, min(Tk, cfg.rope_clip + q.shape[2])
     for x in rope:
         if x.ndim != 2 or x.shape[1] != half or len(x) < wanted or x.dtype != torch.float32 or q.shape[3] % 2:
             raise ValueError(f"rope must be cos and sin, each ({wanted} or more, {half}) float32, not "
@@ -618,50 +674,60 @@ class Bank:
         """Moved to the device."""
         return self.narrowed + self.misses * sum(rows[0].nbytes for rows in self.rows)
 
-    def find(self, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
-        """Rows (n,) of pages (n,) of heads (n,): each pair once, sorted, of a head no more than its slots."""
-        if self.latest is not None:
+    def settle(self) -> None:
+        """Count what the last call found again, for pages are about to move."""
+        if self.latest:
             self.counted[0], self.latest, self.again = self.hits, None, 0
-        slot, call = self.slot_of[head, page], self.used.max() + 1
-        hit, new = slot >= 0, slot < 0
-        self.used[head[hit], slot[hit]] = call
-        h, p, evictions = head[new], page[new], 0
-        if len(h):
+
+    def find(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Rows (n,) of pages (n,), numbered through heads; of a head no more different ones than slots."""
+        self.settle()
+        slot_of, page_of, used = (x.view(-1) for x in (self.slot_of, self.page_of, self.used))
+        first, slot, call = wanted // self.pages * self.slots, slot_of[wanted], used.max() + 1
+        new, evictions = wanted[slot < 0].unique(), 0
+        used[(first + slot)[slot >= 0] if len(new) else first + slot] = call
+        if len(new):
             # as many slots of a head as it has new pages go out, least recently used first (the pages of this
             # call stand last), and take these in the order of their numbers
+            h = new // self.pages
             nth = torch.arange(len(h), device=h.device) - torch.searchsorted(h, h)
-            s = self.used.argsort(dim=1, stable=True)[h, nth]
-            s = (h * self.slots + s).sort().values % self.slots
-            old = self.page_of[h, s]
-            gone = old >= 0
-            self.slot_of[h[gone], old[gone]] = -1
-            self.slot_of[h, p], self.page_of[h, s], self.used[h, s], slot[new] = s, p, call, s
-            at = (h * self.pages + p).to(self.store[0].device)
+            age = self.used * self.slots + torch.arange(self.slots, device=h.device)
+            oldest = age.topk(int(nth.max()) + 1, largest=False).indices  # (heads, most new pages of one)
+            s = (h * self.slots + oldest[h, nth]).sort().values
+            old = page_of[s]
+            slot_of[(h * self.pages + old)[old >= 0]], evictions = -1, int((old >= 0).sum())
+            slot_of[new], page_of[s], used[s] = s - h * self.slots, new % self.pages, call
             self.wait()
             for rows, store in zip(self.rows, self.store, strict=True):
-                pages = store.flatten(0, 1).index_select(0, at)[:, :: self.stride]
-                rows[h * self.slots + s] = pages.to(rows.device)
-            evictions = int(gone.sum())
-        self.counted += self.counted.new_tensor([len(head) - len(h), len(h), evictions])
-        return head * self.slots + slot
+                pages = store.flatten(0, 1).index_select(0, new.to(store.device))[:, :: self.stride]
+                rows.index_copy_(0, s, pages.to(rows.device))
+            slot = slot_of[wanted]
+        hits = int((used == call).sum()) - len(new)
+        self.counted += self.counted.new_tensor([hits, len(new), evictions])
+        return first + slot
 
-    def take(self, head: torch.Tensor, page: torch.Tensor) -> list[torch.Tensor]:
+    def take(self, head: torch.Tensor, page: torch.Tensor, room: list[torch.Tensor]) -> list[torch.Tensor]:
         """Pages (G, C) of heads (G,): (G, C, keys, D) of each store; in several goes if slots are too few."""
-        wanted, back = torch.unique(head[:, None] * self.pages + page, return_inverse=True)
-        head, page = wanted // self.pages, wanted % self.pages
-        # the n-th page of a head comes in go n // slots
-        go = (torch.arange(len(head), device=head.device) - torch.searchsorted(head, head)) // self.slots
-        goes = int(go.max()) + 1
+        wanted = (head[:, None] * self.pages + page).flatten()
+        shape, goes = (*page.shape, *self.rows[0].shape[1:]), 1
+        if again := bool(self.latest) and torch.equal(self.latest[0], wanted):  # mostly so while decoding
+            self.again += 1
+        elif int(head.bincount().max()) * page.shape[1] > self.slots:  # else slots suffice in any case
+            each, back = wanted.unique(return_inverse=True)
+            h = each // self.pages
+            # the n-th page of a head comes in go n // slots
+            go = (torch.arange(len(h), device=h.device) - torch.searchsorted(h, h))[back] // self.slots
+            goes = int(go.max()) + 1
         if goes == 1:
-            row = self.find(head, page)[back]
-            return [x.index_select(0, row.flatten()).unflatten(0, row.shape) for x in self.rows]
-        out = [x.new_empty(*back.shape, *x.shape[1:]) for x in self.rows]
-        row = torch.empty_like(wanted)
+            if not again:
+                self.latest = wanted, self.find(wanted)
+            found = self.latest[1]
+            return [gather(x.flatten(1), found, room, i).view(shape) for i, x in enumerate(self.rows)]
+        out = [x.new_empty(shape) for x in self.rows]
         for n in range(goes):
-            row[go == n] = self.find(head[go == n], page[go == n])
-            here = (go == n)[back]
+            found = self.find(wanted[go == n])
             for x, rows in zip(out, self.rows, strict=True):
-                x[here] = rows[row[back[here]]]
+                x.flatten(0, 1)[go == n] = rows[found]
         return out
 
     def wait(self) -> None:
@@ -669,12 +735,13 @@ class Bank:
         if self.counted.is_cuda:
             torch.cuda.current_stream(self.counted.device).synchronize()
 
-    def overwrite(self, page: int, token: int, new: list[torch.Tensor]) -> None:
-        """Write (heads, n, D) behind the first `token` tokens of a page, wherever the page is in a slot."""
+    def overwrite(self, page: int, token: int, new: torch.Tensor) -> None:
+        """Write (parts, heads, n, D) behind the first `token` tokens of a page, in heads that have it."""
         slot = self.slot_of[:, page]
         h = (slot >= 0).nonzero()[:, 0]
+        row = h * self.slots + slot[h]
         for rows, x in zip(self.rows, new, strict=True):
-            rows[h * self.slots + slot[h], token : token + x.shape[1]] = x[h]
+            rows[row, token : token + x.shape[1]] = x[h]
 
 
 class Paged:
@@ -686,10 +753,12 @@ class Paged:
         self.bank, self.part, self.shape, self.group, self.store = bank, part, shape, group, bank.store[part]
         self.block, self.stride = bank.block, bank.stride
         self.dtype, self.device = self.store.dtype, bank.rows[0].device
+        self.room = [x.new_empty(0) for x in bank.rows]
 
     def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
         """As `Blocks.take`; from a bank of keys and values both, whichever this stands for."""
-        return self.bank.take(head // self.group, blocks.clamp(max=(self.shape[2] - 1) // self.block))
+        page = blocks.clamp(max=(self.shape[2] - 1) // self.block)
+        return self.bank.take(head // self.group, page, self.room)
 
     def first(self, tokens: int) -> Paged:
         """The first `tokens` of them."""
@@ -718,7 +787,8 @@ def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tu
     window = torch.arange(start, max(start, Tk), cfg.block_k, device=device) // cfg.block_k
     blocks = [torch.arange(lo, device=device).expand(len(chosen), -1), chosen.clamp(min=0)]
     blocks = torch.cat([*blocks, window.expand(len(chosen), -1)], 1)
-    parts = k.bank.take(torch.arange(len(chosen), device=device), blocks.clamp(max=(Tk - 1) // cfg.block_k))
+    page = blocks.clamp(max=(Tk - 1) // cfg.block_k)
+    parts = k.bank.take(torch.arange(len(chosen), device=device), page, k.room)
     end = Tk + behind * cfg.block_k - start
     k, v = (x.view(B, Hkv, -1, D)[:, :, :end] for x in parts)
     place = selection.blocks
@@ -798,18 +868,16 @@ class OffloadedKVCache:
 
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Into the store, and into the slot of a page that was begun; the search only meets full pages."""
-        T, block, new = k.shape[2], self.store.shape[4], [x.flatten(0, 1) for x in (k, v)]  # (heads, T, D)
+        T, block, new = k.shape[2], self.store.shape[4], torch.stack([k, v]).flatten(1, 2)  # (2, heads, T, D)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
+            new.record_stream(self.stream)
         with torch.cuda.stream(self.stream):  # does nothing where there is none
-            for store, x in zip(self.store[layer], new, strict=True):
-                if self.stream:
-                    x.record_stream(self.stream)
-                store.flatten(1, 2)[:, start : start + T].copy_(x, non_blocking=True)
+            self.store[layer].flatten(2, 3)[:, :, start : start + T].copy_(new, non_blocking=True)
         if self.stream:  # whoever reads the store on the device does it after this
             torch.cuda.current_stream().wait_stream(self.stream)
         if rest := -start % block:
-            self.banks[layer][1].overwrite(start // block, start % block, [x[:, :rest] for x in new])
+            self.banks[layer][1].overwrite(start // block, start % block, new[:, :, :rest])
 
     def search_keys(self, layer: int, tokens: int | None = None) -> Paged:
         """The layer's first `tokens` keys, None for all, for `select_blocks` and `oracle_blocks`."""

@@ -280,12 +280,13 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
         most = max(most, previous.blocks.shape[3])
     if paged and not within_reach(k.bank, most):
         return hip.select_blocks(q, k, cfg, previous, rope=rope)
-    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
+    check_rope(rope, q, Tk, cfg)
     blocks = torch.empty(B, H, NQ, cfg.budget, dtype=torch.int32, device=q.device)
     old = blocks[..., :0] if previous is None else previous.blocks.int().contiguous()
     grid, slots, bank = (NQ, H, B), 0, None
     if paged:
         grid, slots, bank = (1, Hkv, B), k.bank.slots, pointers(k.bank)
+        k.bank.settle()
         k = k.bank.rows[0].view(B, Hkv, -1, D)
     with torch.cuda.device_of(q):
         search_kernel[grid](q, k, old, blocks, *table(rope), q.stride(), k.stride(), bank, Tq, Tk,
@@ -499,7 +500,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     (B, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
     NQ = -(-Tq // cfg.block_q)
     check_selection(selection, B, H, NQ, "selection")
-    check_rope(rope, q, Tk, min(cfg.block_q, Tq), cfg)
+    check_rope(rope, q, Tk, cfg)
     split = NQ == 1 and H // Hkv * Tq <= SPLIT_ROWS
     if not isinstance(k, Paged):
         return launch(q, k, v, Tk, selection, cfg, scale, rope, split)

@@ -820,7 +820,7 @@ def test_triton_clips_positions_as_the_reference_does(kernels, clip, Tq):
     cfg = HiPConfig(top_k=16, block_k=4, block_q=16, stride_q=2, sink=3, window=9, rope_clip=clip)
     g = torch.Generator().manual_seed(clip + Tq)
     q, k, v = (tensor(g, "whole", 1, h, T, 32) for h, T in ((2, Tq), (1, 110), (1, 110)))
-    cos, sin = rotary_table(min(110, clip + 16), 32, quarters=True)
+    cos, sin = rotary_table(min(110, clip + Tq), 32, quarters=True)
 
     def found(module, q, k, v, *rope):
         selection = module.select_blocks(q, k, cfg, rope=rope)
@@ -837,7 +837,7 @@ def test_triton_clips_positions_as_the_reference_does(kernels, clip, Tq):
 def test_triton_with_clipped_positions_selects_what_the_reference_selects(kernels, case, clip, remember):
     q, k, _, cfg = case
     cfg = HiPConfig(**vars(cfg) | dict(rope_clip=clip))
-    rope = rotary_table(min(k.shape[2], clip + cfg.block_q), q.shape[3], quarters=True)
+    rope = rotary_table(min(k.shape[2], clip + q.shape[2]), q.shape[3], quarters=True)
     previous = wild_selection(q, k, cfg) if remember else None
     found = on_device(lambda q, k, previous, *rope: kernels.select_blocks(q, k, cfg, previous, rope=rope),
                       q, k, previous, *rope)
@@ -850,7 +850,7 @@ def test_triton_with_clipped_positions_selects_what_the_reference_selects(kernel
 def test_triton_with_clipped_positions_attention_is_naive_rerope(kernels, case, clip, age):
     q, k, v, cfg = case
     cfg = HiPConfig(**vars(cfg) | dict(rope_clip=clip))
-    rope = rotary_table(min(k.shape[2], clip + cfg.block_q), q.shape[3])
+    rope = rotary_table(min(k.shape[2], clip + q.shape[2]), q.shape[3])
     selection = hip.random_blocks(q, k[:, :, : max(q.shape[2], k.shape[2] - age)], cfg)
     o = on_device(lambda *x: kernels.sparse_attention(*x[:4], cfg, rope=x[4:]), q, k, v, selection, *rope)
     pairs = scores_of_pairs(q, k, rotary_table(clip + 1, q.shape[3]), clip)

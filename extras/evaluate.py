@@ -78,9 +78,10 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
         return kernels.select_blocks(q, k, cfg, rope=rope)
     (B, H, Tq, _), Tk, old = q.shape, k.shape[2], previous.blocks.flatten(0, 2).long()
     keys = hip.key_blocks(H, cfg.block_k, cfg.stride_k, k)
-    head, own = torch.arange(B * H, device=q.device), hip.row_positions(Tq, Tk, cfg, q.device)
-    scores = hip.block_scores(hip.query_blocks(q, cfg).float(), own.expand(B * H, -1), keys, head,
-                              old.clamp(min=0), cfg, rope)
+    head, zero = torch.arange(B * H, device=q.device), hip.near_from(Tq, Tk, cfg)
+    own = (hip.row_positions(Tq, Tk, cfg, q.device) - zero).expand(B * H, -1)
+    rows = hip.turned_rows(hip.query_blocks(q, cfg), own, cfg, rope)
+    scores = hip.block_scores(rows, own, keys, head, old.clamp(min=0), cfg, rope, zero)
     blocks = hip.merge(old.where(old >= 0, hip.NO_BLOCK), scores, cfg.budget).view(B, H, 1, -1)
     return Selection(blocks.where(blocks != hip.NO_BLOCK, -1).int(),
                      hip.domain(Tq, Tk, cfg, q.device)[1] * cfg.block_k)

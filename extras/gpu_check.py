@@ -168,7 +168,7 @@ def memory_case(name: str) -> None:
         T, rope, chosen = 2999 if name != "clipped" else 4999, None, None
         q, k, v = (torch.randn(2, h, t, D).to("cuda", dtype) for h, t in ((H, Tq), (Hkv, T), (Hkv, T)))
         if cfg.rope_clip:
-            angle = torch.arange(cfg.rope_clip + cfg.block_q)[:, None] * rope_frequencies(1e5, D)
+            angle = torch.arange(cfg.rope_clip + Tq)[:, None] * rope_frequencies(1e5, D)
             rope = angle.cos().cuda(), angle.sin().cuda()
         for _ in range(2):  # afresh, then remembering
             chosen = kernels.select_blocks(q, k, cfg, chosen, rope=rope)
