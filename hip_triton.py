@@ -774,7 +774,8 @@ def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
         return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=1)
     tile, warps = (64, 4) if BLOCK_D < 128 else (32, 4) if BLOCK_D < 256 else (32, 8)
     if cfg.rope_clip is not None:  # twice the queries and keys to hold
-        return dict(BLOCK_D=BLOCK_D, TILE=32 if BLOCK_D < 128 else 16, num_warps=8, num_stages=1)
+        tile, warps = (32, 4) if BLOCK_D < 256 else (16, 8)
+        return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=1)
     return dict(BLOCK_D=BLOCK_D, TILE=tile, num_warps=warps, num_stages=2)
 
 
@@ -785,14 +786,14 @@ def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtyp
 
     few: there are no more programs than FEW.
     """
-    sizes, rows = tiles(D, dtype, cfg), at_least_16(cfg.block_q // cfg.stride_q)
-    if dtype != torch.float32 and D <= 128 and cfg.rope_clip is None:
-        # one warp, if its registers suffice: sorts without barriers, twice as fast on an H200
-        sizes |= dict(TILE=32, num_warps=1, num_stages=3)
+    sizes, rows, plain = tiles(D, dtype, cfg), at_least_16(cfg.block_q // cfg.stride_q), cfg.rope_clip is None
+    if dtype != torch.float32 and D <= 128:
+        # one warp, whose sorts need no barriers: twice as fast on an H200
+        sizes |= dict(TILE=32, num_warps=1, num_stages=3 if plain else 1)
         # a program that has a unit of the GPU to itself uses all of it: 1.6 times as fast on an H100.  Not
         # from 64 rows on, where more warps multiply in another way, and so may choose otherwise
         if few and rows < 64:
-            sizes |= dict(TILE=8192 // sizes["BLOCK_D"], num_warps=8)
+            sizes |= dict(TILE=8192 // sizes["BLOCK_D"], num_warps=8) if plain else dict(TILE=64, num_warps=4)
     sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
     if slots and rows < 64:  # pages to sort and move
         sizes["num_warps"] = 8
@@ -807,8 +808,8 @@ def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.d
     """Constants and options of attention_kernel; M: blocks of the selection."""
     sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
     most = 16 if D > 64 else 32
-    if dtype != torch.float32:
-        most = 64 if cfg.rope_clip is None else most
+    if dtype != torch.float32 and (cfg.rope_clip is None or D <= 128):
+        most = 64  # with which 4 warps multiply as one group: 6 times as fast with clipped positions
     rows = min(most, max(16, cfg.block_q))
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
                 SINK=sink, M=M, ROWS=rows, **tiles(D, dtype, cfg))

@@ -1037,7 +1037,8 @@ def test_triton_looks_up_and_replaces_pages_as_the_reference_does(kernels, data)
         assert torch.equal(bank.page_of.gather(1, place).cpu(), looked_at)
         if draw(st.booleans()):  # somebody else uses the bank
             for x in (bank, wanted):
-                x.take(torch.tensor([0], device=DEVICE), torch.tensor([[last, 0]], device=DEVICE))
+                k = hip.Paged(x, 0, (B, Hkv, Tk, 32), group)
+                k.take(torch.tensor([0], device=DEVICE), torch.tensor([[last, 0]], device=DEVICE))
 
 
 @needs_triton

@@ -3,6 +3,7 @@
     python extras/gpu_check.py                             # all of it, 7 to 8 minutes on an H100
     python extras/gpu_check.py --skip checks --model SmolLM2-135M-Instruct.Q4_1.gguf
     python extras/gpu_check.py --device cpu                # a rehearsal: tiny, hip.py, no checks, no graphs
+    python extras/gpu_check.py --device cpu --only whole --tokens 32768  # offloading on a CPU
 
 Rows go to --out, as JSON, one by one; Markdown tables are printed last.  What is not done after --seconds is
 reported as not run.  Exit status 1: a test, the memory check or a comparison failed.
@@ -70,7 +71,9 @@ class Job:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.device, self.cuda = options, options.device, options.device.startswith("cuda")
-        self.kernels, self.sizes = measuring.kernels_for(self.device), SIZES["cuda" if self.cuda else "cpu"]
+        self.kernels = measuring.kernels_for(self.device)
+        given = dict.fromkeys(("layer", "whole", "model") if options.tokens else (), options.tokens)
+        self.sizes = SIZES["cuda" if self.cuda else "cpu"] | given
         self.dtype, self.steps = torch.bfloat16 if self.cuda else torch.float32, self.sizes["steps"]
         self.room = WARM + ROUNDS * self.steps
 
@@ -84,8 +87,8 @@ class Job:
     def model(self) -> tuple[Llama, Tokenizer | None]:
         """--model, else the installed default model, else random weights of its shape and no tokenizer."""
         try:
-            if self.options.model or self.cuda:
-                return load(self.options.model, self.dtype, self.device)
+            if self.options.model or self.options.tokens or self.cuda:
+                return load(self.options.model, self.dtype if self.cuda else None, self.device)
         except (ValueError, ImportError):
             if self.options.model:
                 raise
@@ -379,6 +382,7 @@ def main() -> int:
     add("--out", default="results/gpu_check.json", metavar="FILE", help="(%(default)s)")
     add("--model", help=".gguf file or folder (SmolLM2-135M-Instruct as installed, else random weights)")
     add("--seconds", type=int, default=560, help="(%(default)s)")
+    add("--tokens", type=int, nargs="+", metavar="N", help="lengths for layer, whole and model")
     add("--device", default="cuda", help="cuda or, to rehearse, cpu")
     add("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
