@@ -223,13 +223,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def near_from(Tq: int, Tk: int, cfg: HiPConfig) -> int:
-    """Position from which keys are nearer than rope_clip to some query; 0 without clipping."""
+    """Position that clipped ones are counted from: every key before it is far from every query."""
     return 0 if cfg.rope_clip is None else max(0, Tk - Tq - cfg.rope_clip)
 
 
 def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: int, cfg: HiPConfig,
                   rope: Rope | None) -> Blocks | None:
-    """Keys rotated before they are gathered, which pays where many query blocks gather the same."""
+    """Keys rotated before they are gathered, if many query blocks gather the same; None: as they come."""
     if rope is None or isinstance(k, Paged) or Tq <= cfg.block_q:
         return None
     zero, turned = near_from(Tq, k.shape[2], cfg), torch.zeros(k.shape, device=k.device)
@@ -237,9 +237,18 @@ def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: in
     return Blocks(query_heads, cfg.block_k, stride, turned)
 
 
+def turned_keys(k: torch.Tensor, tokens: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Keys (G, C, n, D) rotated by their positions (G or 1, C, n), float32."""
+    at = tokens.clamp(0, len(rope[0]) - 1)  # only what is far from every query, or no key, lies outside
+    return rotate(k, *(x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in rope))
+
+
 def turned_rows(q: torch.Tensor, own: torch.Tensor, cfg: HiPConfig,
                 rope: Rope | None) -> tuple[torch.Tensor, ...]:
-    """Rows (G, R, D) at positions own (G, R) for `products`, float32; with rope for near keys and for far."""
+    """Rows (G, R, D) at positions own (G, R) for `products`, float32: (q,), or with rope a pair.
+
+    Its first is rotated by these positions, for near keys, its second by rope_clip, for far ones.
+    """
     if rope is None:
         return q.float(),
     (cos, sin), clip = rope, min(cfg.rope_clip, len(rope[0]) - 1)  # where nothing is far, rope may be shorter
@@ -251,11 +260,13 @@ def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tok
              keys_first: bool = False) -> torch.Tensor:
     """q . k of `turned_rows` and the keys of C blocks of n: (G, R, C * n) float32, or (G, C * n, R).
 
-    keys: gives the keys (G, c, n, D) of a range of the C blocks.  rope: None if q and k are rotated already.
-    Else they are not, and each pair is set at the distance min(own - token, rope_clip), so that no model
-    meets a distance that it was not trained for (the rule of ReRoPE; not in the paper).  Nearer pairs are
-    rotated by their positions, own (G, R) and tokens (G or 1, C, n), which count from `near_from`; for all
-    others the query alone is turned, by rope_clip.  turned: gives keys that are rotated already, if any are.
+    keys: a function from a slice of the C blocks to their keys (G, c, n, D); turned: the same of keys that
+    are rotated already, None to rotate them here.
+
+    rope: None if q and k came rotated.  Else they did not, and each pair is set at the distance min(own -
+    token, rope_clip), so that no model meets a distance that it was not trained for (the rule of ReRoPE; not
+    in the paper).  Nearer pairs are rotated by their positions, own (G, R) and tokens (G or 1, C, n), which
+    count from `near_from`; for all others the query alone is turned, by rope_clip.
     """
     def times(q, k):
         k = k.flatten(1, 2).float()
@@ -266,19 +277,15 @@ def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tok
     clip, (_, C, n), runs, dim = cfg.rope_clip, tokens.shape, [], 1 if keys_first else 2
     near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - clip).any(0)  # (C,) in some pair
     far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - clip).any(0)
-    # blocks stand in order, but for padding: first those that are only far, then both, then only near
-    number = torch.arange(1, C + 1, device=own.device)
-    start, end = C - int((near * number.flip(0)).amax()), int((far * number).amax())
+    # far pairs are in the first `end` blocks, near ones behind the first `start`; where these overlap, both
+    # are computed: little, where blocks stand in order
+    near, far = near.nonzero().flatten().tolist(), far.nonzero().flatten().tolist()
+    start, end = near[0] if near else C, far[-1] + 1 if far else 0
     if end > 0:
         runs.append(times(q[1], keys(slice(0, end))))
     if start < C:
-        if turned:
-            b_k = turned(slice(start, C))
-        else:
-            at = tokens[:, start:].clamp(0, len(rope[0]) - 1)  # only what is far, or padding, lies outside
-            turn = (x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in rope)
-            b_k = rotate(keys(slice(start, C)), *turn)
-        runs.append(times(q[0], b_k))
+        last = slice(start, C)
+        runs.append(times(q[0], turned(last) if turned else turned_keys(keys(last), tokens[:, last], rope)))
     if start < end:
         apart, both = own[:, :, None] - tokens[:, start:end].flatten(1)[:, None], (end - start) * n
         clipped = (apart.transpose(1, 2) if keys_first else apart) >= clip
@@ -293,7 +300,7 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
                  turned: Blocks | None = None) -> torch.Tensor:
     """Score of key blocks (G, C), the largest product of strided keys and `turned_rows`: (G, C).
 
-    own: positions (G, R) of the rows, counted from zero.  turned: from `turned_blocks`.
+    own: positions (G, R) of the rows, counted from position `zero` (`near_from`).  turned: `turned_blocks`.
     """
     C, scores = blocks.shape[1], []
     in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device) - zero
@@ -385,13 +392,13 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     NQ, M, zero = len(hi), cfg.budget, near_from(Tq, Tk, cfg)
     if previous is not None:
         check_selection(previous, B, H, NQ, "previous")
+    out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
+    if int(hi.max()) == lo:  # sink and window cover everything
+        return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
     own = (row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero).repeat(B * H, 1)  # (G, R)
     rows = turned_rows(query_blocks(q, cfg)[:, :: cfg.stride_q], own, cfg, rope)
     keys = key_blocks(H, cfg.block_k, cfg.stride_k, k)
     turned = turned_blocks(H, cfg.stride_k, k, Tq, cfg, rope)
-    out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
-    if int(hi.max()) == lo:  # sink and window cover everything
-        return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
     heads, index = number(B * H, NQ, q.device)
     for g in pieces(len(out), 64, q.device):
         head, i, b_q = heads[g], index[g], [x[g] for x in rows]
@@ -400,7 +407,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
             return block_scores(b_q, own, keys, head, blocks, cfg, rope, zero, turned)
 
         blocks, scores = search(score, lo, hi[i] - lo, cfg)
-        if previous is not None:
+        if previous is not None and previous.blocks.shape[3]:
             old = previous.blocks.flatten(0, 2)[g].long()
             inside = (lo <= old) & (old < hi[i, None])
             blocks = torch.cat([blocks, old.where(inside, NO_BLOCK)], 1)
@@ -421,17 +428,19 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
     _, hi = domain(Tq, Tk, cfg, q.device)
     zero = near_from(Tq, Tk, cfg)
     blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
-    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].unflatten(0, (B * H, len(hi)))
     own = row_positions(Tq, Tk, cfg, q.device)[:, None, :: cfg.stride_q].expand(-1, B * H, -1) - zero
+    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].unflatten(0, (B * H, len(hi)))
+    rows = [turned_rows(rows[:, i], own[i], cfg, rope) for i in range(len(hi))]
     scores = torch.empty(B * H, len(hi), blocks, device=q.device)
     for c in pieces(blocks, 256, q.device):
         tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
         keys = k.narrow(2, c.start * cfg.block_k, len(tokens)).unflatten(2, (-1, cfg.block_k))
         keys = keys[..., :: cfg.stride_k, :].repeat_interleave(H // k.shape[1], 1).flatten(0, 1)
         tokens = tokens.view(1, -1, cfg.block_k)[..., :: cfg.stride_k] - zero
+        near = None if rope is None or tokens.amax() <= 0 else turned_keys(keys, tokens, rope)
         for i in range(len(hi)):
-            b_q = turned_rows(rows[:, i], own[i], cfg, rope)
-            s = products(b_q, own[i], lambda c, keys=keys: keys[:, c], tokens, cfg, rope, keys_first=True)
+            s = products(rows[i], own[i], lambda x, keys=keys: keys[:, x], tokens, cfg, rope,
+                         None if near is None else lambda x, near=near: near[:, x], keys_first=True)
             scores[:, i, c] = s.view(B * H, c.stop - c.start, -1).amax(-1)
     return best_of_domain(finite(scores).view(B, H, len(hi), blocks), Tq, Tk, cfg)
 
@@ -560,17 +569,16 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                     scale: float | None = None) -> torch.Tensor:
     """Causal attention over everything, the oracle: torch's own.  Shapes as `sparse_attention`."""
     check_inputs(q, k, v)
-    (_, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
-    rows, mask = q, None
-    if Tq == 1 and H != Hkv:  # heads that share keys as rows of one product: many times faster on a CPU
-        rows, H = q.unflatten(1, (Hkv, -1)).flatten(2, 3), Hkv  # (B, Hkv, H / Hkv, D)
-    elif 1 < Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
+    (_, H, Tq, _), (Hkv, Tk), mask = q.shape, k.shape[1:3], None
+    if Tq == 1:
+        # heads that share keys as rows of one product, many times faster on a CPU; and not by cuDNN, which
+        # plans anew for each length: decoding would be four times slower
+        rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
+    if Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu_(Tk - Tq + 1)
-    # not by cuDNN, which plans anew for each length: decoding would be four times slower
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        o = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=1 < Tq == Tk, scale=scale,
-                                           enable_gqa=H != Hkv)
-    return o.reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=Tq == Tk, scale=scale, enable_gqa=H != Hkv)
 
 
 def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched: bool = True) -> int:
@@ -659,12 +667,12 @@ class Bank:
         self.used = torch.full((heads, slots), -1, device=device)  # call that last needed a slot
         self.counted = torch.zeros(3, dtype=torch.long, device=device)  # hits, misses, evictions
         self.narrowed = 0  # bytes that were moved without a slot
-        # of hip_triton alone: the last call, and how often it was repeated, which changes nothing but a count
-        self.latest, self.again = None, 0
+        self.latest, self.found = None, 0  # what the last call wanted and where it is; how many pages
+        self.again = 0  # of hip_triton alone: calls that wanted the same, and are still to be counted
 
     @property
     def hits(self) -> int:
-        latest = self.used == self.used.amax(1, keepdim=True)
+        latest = self.used == self.used.amax(1, keepdim=True)  # kernels number the calls of each head
         return int(self.counted[0] + self.again * latest.sum())
 
     misses, evictions = (property(lambda self, i=i: int(self.counted[i])) for i in (1, 2))
@@ -675,7 +683,7 @@ class Bank:
         return self.narrowed + self.misses * sum(rows[0].nbytes for rows in self.rows)
 
     def settle(self) -> None:
-        """Count what the last call found again, for pages are about to move."""
+        """Forget where the last call found its pages, for they are about to move."""
         if self.latest:
             self.counted[0], self.latest, self.again = self.hits, None, 0
 
@@ -685,7 +693,7 @@ class Bank:
         slot_of, page_of, used = (x.view(-1) for x in (self.slot_of, self.page_of, self.used))
         first, slot, call = wanted // self.pages * self.slots, slot_of[wanted], used.max() + 1
         new, evictions = wanted[slot < 0].unique(), 0
-        used[(first + slot)[slot >= 0] if len(new) else first + slot] = call
+        used[(first + slot)[slot >= 0]] = call
         if len(new):
             # as many slots of a head as it has new pages go out, least recently used first (the pages of this
             # call stand last), and take these in the order of their numbers
@@ -702,8 +710,8 @@ class Bank:
                 pages = store.flatten(0, 1).index_select(0, new.to(store.device))[:, :: self.stride]
                 rows.index_copy_(0, s, pages.to(rows.device))
             slot = slot_of[wanted]
-        hits = int((used == call).sum()) - len(new)
-        self.counted += self.counted.new_tensor([hits, len(new), evictions])
+        self.found = int((used == call).sum())
+        self.counted += self.counted.new_tensor([self.found - len(new), len(new), evictions])
         return first + slot
 
     def take(self, head: torch.Tensor, page: torch.Tensor, room: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -711,7 +719,7 @@ class Bank:
         wanted = (head[:, None] * self.pages + page).flatten()
         shape, goes = (*page.shape, *self.rows[0].shape[1:]), 1
         if again := bool(self.latest) and torch.equal(self.latest[0], wanted):  # mostly so while decoding
-            self.again += 1
+            self.counted[0] += self.found
         elif int(head.bincount().max()) * page.shape[1] > self.slots:  # else slots suffice in any case
             each, back = wanted.unique(return_inverse=True)
             h = each // self.pages
@@ -751,8 +759,7 @@ class Paged:
 
     def __init__(self, bank: Bank, part: int, shape: tuple[int, ...], group: int):
         self.bank, self.part, self.shape, self.group, self.store = bank, part, shape, group, bank.store[part]
-        self.block, self.stride = bank.block, bank.stride
-        self.dtype, self.device = self.store.dtype, bank.rows[0].device
+        self.block, self.dtype, self.device = bank.block, self.store.dtype, bank.rows[0].device
         self.room = [x.new_empty(0) for x in bank.rows]
 
     def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
@@ -787,8 +794,7 @@ def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tu
     window = torch.arange(start, max(start, Tk), cfg.block_k, device=device) // cfg.block_k
     blocks = [torch.arange(lo, device=device).expand(len(chosen), -1), chosen.clamp(min=0)]
     blocks = torch.cat([*blocks, window.expand(len(chosen), -1)], 1)
-    page = blocks.clamp(max=(Tk - 1) // cfg.block_k)
-    parts = k.bank.take(torch.arange(len(chosen), device=device), page, k.room)
+    parts = k.take(torch.arange(len(chosen), device=device) * k.group, blocks)
     end = Tk + behind * cfg.block_k - start
     k, v = (x.view(B, Hkv, -1, D)[:, :, :end] for x in parts)
     place = selection.blocks

@@ -496,7 +496,7 @@ class Context:
             self.v[layer, :, :, self.length - T : self.length] = v
             k, v = self.k[layer, :, :, : self.length], self.v[layer, :, :, : self.length]
         if cfg.rope_clip is not None and (self.rope is None or len(self.rope[0]) < cfg.rope_clip + T):
-            self.rope = self.model.rope(0, cfg.rope_clip + max(T, cfg.block_q))
+            self.rope = self.model.rope(0, cfg.rope_clip + max(T, cfg.block_q, MEMORY_QUERIES))
         causal = T * self.length - T * (T - 1) // 2
         self.dense_scores += causal
         if self.method == "hip" and cfg.memory and self.decoded is None:
