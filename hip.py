@@ -428,21 +428,27 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
     _, hi = domain(Tq, Tk, cfg, q.device)
     zero = near_from(Tq, Tk, cfg)
     blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
-    own = row_positions(Tq, Tk, cfg, q.device)[:, None, :: cfg.stride_q].expand(-1, B * H, -1) - zero
-    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].unflatten(0, (B * H, len(hi)))
-    rows = [turned_rows(rows[:, i], own[i], cfg, rope) for i in range(len(hi))]
-    scores = torch.empty(B * H, len(hi), blocks, device=q.device)
+    own = row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero  # (NQ, R)
+    NQ, R = own.shape
+    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].unflatten(0, (B * H, NQ)).flatten(1, 2)
+    own = own.flatten().expand(B * H, -1)  # (B * H, NQ * R)
+    rows = turned_rows(rows, own, cfg, rope)
+    scores = torch.empty(B * H, NQ, blocks, device=q.device)
     for c in pieces(blocks, 256, q.device):
         tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
         keys = k.narrow(2, c.start * cfg.block_k, len(tokens)).unflatten(2, (-1, cfg.block_k))
-        keys = keys[..., :: cfg.stride_k, :].repeat_interleave(H // k.shape[1], 1).flatten(0, 1)
+        keys = keys[..., :: cfg.stride_k, :].float().repeat_interleave(H // k.shape[1], 1).flatten(0, 1)
         tokens = tokens.view(1, -1, cfg.block_k)[..., :: cfg.stride_k] - zero
         near = None if rope is None or tokens.amax() <= 0 else turned_keys(keys, tokens, rope)
-        for i in range(len(hi)):
-            s = products(rows[i], own[i], lambda x, keys=keys: keys[:, x], tokens, cfg, rope,
+        step = max(1, 16 // R)  # query blocks at once: single rows would be little work
+        for i in range(0, NQ, step):
+            part = slice(i * R, (i + step) * R)
+            b_q, at = [x[:, part] for x in rows], own[:, part]
+            s = products(b_q, at, lambda x, keys=keys: keys[:, x], tokens, cfg, rope,
                          None if near is None else lambda x, near=near: near[:, x], keys_first=True)
-            scores[:, i, c] = s.view(B * H, c.stop - c.start, -1).amax(-1)
-    return best_of_domain(finite(scores).view(B, H, len(hi), blocks), Tq, Tk, cfg)
+            s = s.view(B * H, c.stop - c.start, -1, s.shape[2] // R, R).amax((2, 4))
+            scores[:, i : i + step, c] = s.transpose(1, 2)
+    return best_of_domain(finite(scores).view(B, H, NQ, blocks), Tq, Tk, cfg)
 
 
 def random_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
