@@ -228,13 +228,20 @@ def near_from(Tq: int, Tk: int, cfg: HiPConfig) -> int:
 
 
 def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: int, cfg: HiPConfig,
-                  rope: Rope | None) -> Blocks | None:
-    """Keys rotated before they are gathered, if many query blocks gather the same; None: as they come."""
+                  rope: Rope | None) -> Callable | None:
+    """Keys rotated before they are gathered, if many query blocks gather the same; None: as they come.
+
+    Returns a function that gathers as `Blocks.take`, of blocks that are near some query.
+    """
     if rope is None or isinstance(k, Paged) or Tq <= cfg.block_q:
         return None
-    zero, turned = near_from(Tq, k.shape[2], cfg), torch.zeros(k.shape, device=k.device)
-    turned[:, :, zero:] = rotate(k[:, :, zero:], *(x[: k.shape[2] - zero] for x in rope))
-    return Blocks(query_heads, cfg.block_k, stride, turned)
+    zero = near_from(Tq, k.shape[2], cfg)
+    lo, skip = divmod(zero, cfg.block_k)  # the first block of these, tokens of it that are far
+    near = k[:, :, zero - skip :]
+    turned = torch.zeros(near.shape, device=k.device)
+    turned[:, :, skip:] = rotate(near[:, :, skip:], *(x[: k.shape[2] - zero] for x in rope))
+    rows = Blocks(query_heads, cfg.block_k, stride, turned)
+    return lambda head, blocks: rows.take(head, (blocks - lo).clamp(min=0))[0]
 
 
 def turned_keys(k: torch.Tensor, tokens: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -297,7 +304,7 @@ def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tok
 
 def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
                  blocks: torch.Tensor, cfg: HiPConfig, rope: Rope | None, zero: int = 0,
-                 turned: Blocks | None = None) -> torch.Tensor:
+                 turned: Callable | None = None) -> torch.Tensor:
     """Score of key blocks (G, C), the largest product of strided keys and `turned_rows`: (G, C).
 
     own: positions (G, R) of the rows, counted from position `zero` (`near_from`).  turned: `turned_blocks`.
@@ -306,14 +313,14 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
     in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device) - zero
     size = PIECE_BYTES if own.shape[1] > 1 else 4 * PIECE_BYTES  # a single row is little work: fewer calls
     for g in pieces(len(blocks), size // (4 * C * len(in_block) * q[0].shape[2]), blocks.device):
-        at = head[g], blocks[g]
+        def keys(c, head=head[g], blocks=blocks[g]):
+            return k.take(head, blocks[:, c])[0]
 
-        def gather_from(source, at=at):
-            return lambda c: source.take(at[0], at[1][:, c])[0]
+        def near(c, head=head[g], blocks=blocks[g]):
+            return turned(head, blocks[:, c])
 
         tokens = blocks[g][:, :, None] * cfg.block_k + in_block  # (G, C, keys)
-        s = products([x[g] for x in q], own[g], gather_from(k), tokens, cfg, rope,
-                     turned and gather_from(turned), keys_first=True)
+        s = products([x[g] for x in q], own[g], keys, tokens, cfg, rope, turned and near, keys_first=True)
         scores.append(s.view(*blocks[g].shape, -1).amax(-1))  # keys first, so that it runs along memory
     return finite(torch.cat(scores))
 
@@ -515,7 +522,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
 
         def near(c, head=head, blocks=blocks):
-            return turned.take(head, blocks[:, c])[0]
+            return turned(head, blocks[:, c])
 
         at = own[i] - zero
         b_q = turned_rows(rows[g].float() * scale, at, cfg, rope)
