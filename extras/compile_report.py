@@ -4,8 +4,8 @@
     python extras/compile_report.py --target sm_90 --dim 64 128 --dtype float16
 
 Exit status 1 if a kernel with D <= 128 spills registers, or one needs more shared memory than its chip has;
-the kernels with clipped positions (-rope) hold two turns of everything and may spill a little, as the search
-of an offloaded cache (search-bank) may in float32.
+the kernels with clipped positions (-rope) hold two turns of everything and may spill, which costs them less
+than more warps would, as the search of an offloaded cache (search-bank) may in float32.
 Registers and spills are read from the machine code by the cuobjdump inside Triton's wheel, for gfx942 from
 its assembly.
 Not with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
