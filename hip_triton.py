@@ -769,7 +769,7 @@ def at_least_16(n: int) -> int:
 def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
     """Keys of a tile and warps of a program, by head size and dtype: small enough that no register spills.
 
-    But with clipped positions and D 128, where that needs 8 warps, which were up to 13 times slower on an H100.
+    Not so with clipped positions and D 128: 8 warps, which that needs, are up to 13 times slower on an H100.
     """
     BLOCK_D = triton.next_power_of_2(D)
     if dtype == torch.float32:  # no matrix units: products keep their operands in registers
