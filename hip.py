@@ -319,7 +319,7 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
         def near(c, head=head[g], blocks=blocks[g]):
             return turned(head, blocks[:, c])
 
-        tokens = blocks[g][:, :, None] * cfg.block_k + in_block  # (G, C, keys)
+        tokens = None if rope is None else blocks[g][:, :, None] * cfg.block_k + in_block  # (G, C, keys)
         s = products([x[g] for x in q], own[g], keys, tokens, cfg, rope, turned and near, keys_first=True)
         scores.append(s.view(*blocks[g].shape, -1).amax(-1))  # keys first, so that it runs along memory
     return finite(torch.cat(scores))
@@ -554,13 +554,14 @@ def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | 
     q = q.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float()  # (B * Hkv, rows, D)
     q = q * (D**-0.5 if scale is None else scale)
     own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(len(q), -1)  # (B * Hkv, rows)
-    rows = turned_rows(q, own - zero, cfg, rope)
+    at_q = own - zero
+    rows = turned_rows(q, at_q, cfg, rope)
     o, total, top = torch.zeros_like(q), 0.0, torch.full_like(q[..., :1], -math.inf)
     for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
         tokens = torch.arange(piece.start, piece.stop, device=q.device)
         b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
-        at = tokens[None, :, None] - zero
-        s = products(rows, own - zero, lambda c, b_k=b_k: b_k[:, c, None], at, cfg, rope)
+        at_k = tokens[None, :, None] - zero
+        s = products(rows, at_q, lambda c, b_k=b_k: b_k[:, c, None], at_k, cfg, rope)
         if piece.stop > Tk - Tq:
             s.masked_fill_(tokens > own[..., None], -math.inf)
         highest = torch.maximum(top, s.amax(-1, keepdim=True))
@@ -731,7 +732,7 @@ class Bank:
         """Pages (G, C) of heads (G,): (G, C, keys, D) of each store; in several goes if slots are too few."""
         wanted = (head[:, None] * self.pages + page).flatten()
         shape, goes = (*page.shape, *self.rows[0].shape[1:]), 1
-        if again := bool(self.latest) and torch.equal(self.latest[0], wanted):  # mostly so while decoding
+        if same := bool(self.latest) and torch.equal(self.latest[0], wanted):  # mostly so while decoding
             self.counted[0] += self.found
         elif int(head.bincount().max()) * page.shape[1] > self.slots:  # else slots suffice in any case
             each, back = wanted.unique(return_inverse=True)
@@ -740,7 +741,7 @@ class Bank:
             go = (torch.arange(len(h), device=h.device) - torch.searchsorted(h, h))[back] // self.slots
             goes = int(go.max()) + 1
         if goes == 1:
-            if not again:
+            if not same:
                 self.latest = wanted, self.find(wanted)
             found = self.latest[1]
             return [gather(x.flatten(1), found, room, i).view(shape) for i, x in enumerate(self.rows)]

@@ -299,8 +299,7 @@ def windows(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device) -> torch.Ten
     """Positions (NQ,) at which the windows begin.  Of a single one `window_starts` is told, too."""
     if Tq > cfg.block_q:
         return domain(Tq, Tk, cfg, device)[1] * cfg.block_k
-    lo = -(-cfg.sink // cfg.block_k)
-    start = max(lo, (Tk - Tq - cfg.window + 1) // cfg.block_k) * cfg.block_k
+    start = int(domain(Tq, Tk, cfg)[1]) * cfg.block_k  # on the host, which so need not wait for the device
     window_start = torch.full((1,), start, device=device)
     window_start.on_host = [start]
     return window_start
@@ -813,7 +812,7 @@ def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.d
     most = 16 if D > 64 else 32
     if dtype != torch.float32 and (cfg.rope_clip is None or D <= 128):
         most = 64  # with which 4 warps multiply as one group: 6 times as fast with clipped positions
-    rows = min(most, max(16, cfg.block_q))
+    rows = min(most, at_least_16(cfg.block_q))
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
                 SINK=sink, M=M, ROWS=rows, **tiles(D, dtype, cfg))
 

@@ -17,16 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import torch
+from measuring import kernels_for
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import hip  # noqa: E402
-from hip import HiPConfig, OffloadedKVCache  # noqa: E402
+import hip
+from hip import HiPConfig, OffloadedKVCache
 
 H, HKV, D, CHUNK, ANCHOR = 9, 3, 64, 8192, 64
 
@@ -127,11 +125,10 @@ def hit_rates(cache: OffloadedKVCache) -> list[float]:
 
 
 def table(options: argparse.Namespace) -> None:
-    cfg, dtype, kernels, wait = HiPConfig(), torch.float32, hip, lambda: None
-    if options.device != "cpu":
-        import hip_triton
-
-        dtype, kernels, wait = torch.bfloat16, hip_triton, torch.cuda.synchronize
+    cfg, kernels = HiPConfig(), kernels_for(options.device)
+    dtype, wait = torch.float32, lambda: None
+    if kernels is not hip:
+        dtype, wait = torch.bfloat16, torch.cuda.synchronize
     r, steps = cfg.refresh_interval, options.steps or 64
     if steps < 3 * r:
         raise ValueError(f"--steps must be at least {3 * r}, for two runs of {r} to warm up, not {steps}")
