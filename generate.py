@@ -100,7 +100,6 @@ def arguments() -> argparse.ArgumentParser:
         "block_k": "keys in a block",
         "beam": "how much wider than top_k the search keeps looking",
         "stride_q": "every n-th query takes part in the search",
-        "stride_k": "every n-th key of a block takes part in the search",
         "sink": "first tokens, always attended to",
         "window": "latest tokens, always attended to",
         "dense_layers": "first layers that attend densely",
@@ -109,6 +108,8 @@ def arguments() -> argparse.ArgumentParser:
     }.items():
         add("--" + name.replace("_", "-"), metavar="N", type=int, default=getattr(HiPConfig, name),
             help=text + " (%(default)s)")
+    add("--stride-k", metavar="N", type=int,
+        help="every n-th key of a block takes part in the search (2; 1 in blocks of less than 16)")
     add("--rope-clip", metavar="N|off", type=tokens_or_off,
         help="positions tell query and key apart up to N tokens (half of what the model was trained to read, "
              "where prompt and answer are longer than that; else off)")

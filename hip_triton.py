@@ -290,8 +290,8 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
         k = k.bank.rows[0].view(B, Hkv, -1, D)
     with torch.cuda.device_of(q):
         search_kernel[grid](q, k, old, blocks, *table(rope), q.stride(), k.stride(), bank, Tq, Tk,
-                            **search_constants(cfg, H, Hkv, D, q.dtype, old.shape[3], slots,
-                                               math.prod(grid) <= FEW))
+                            **search_constants(cfg, H, Hkv, D, q.dtype, min(Tq, cfg.block_q), old.shape[3],
+                                               slots, math.prod(grid) <= FEW))
     return Selection(blocks, windows(Tq, Tk, cfg, q.device))
 
 
@@ -782,20 +782,23 @@ def tiles(D: int, dtype: torch.dtype, cfg: HiPConfig) -> dict:
 
 
 @functools.cache
-def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, previous: int,
+def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, Tq: int, previous: int,
                      slots: int = 0, few: bool = False) -> dict:
-    """Constants and options of search_kernel; previous: blocks of a previous selection; slots: of a bank.
+    """Constants and options of search_kernel; Tq: queries of a block; previous: blocks of a selection.
 
-    few: there are no more programs than FEW.
+    slots: of a bank; few: there are no more programs than FEW.
     """
-    sizes, rows, plain = tiles(D, dtype, cfg), at_least_16(cfg.block_q // cfg.stride_q), cfg.rope_clip is None
-    if dtype != torch.float32 and D <= 128:
-        # one warp, whose sorts need no barriers: twice as fast on an H200
-        sizes |= dict(TILE=32, num_warps=1, num_stages=3 if plain else 1)
+    sizes, rows = tiles(D, dtype, cfg), at_least_16(triton.cdiv(Tq, cfg.stride_q))
+    if dtype != torch.float32 and D <= 128 and cfg.rope_clip is not None:
+        sizes["TILE"] = 64  # spills, and is twice as fast on an H100 as tiles that do not
+    elif dtype != torch.float32 and D <= 128:
+        # one warp, whose sorts need no barriers, or two: up to twice as fast on an H100 as more
+        sizes |= dict(TILE=16, num_warps=1) if D > 64 else dict(TILE=64, num_warps=2)
+        sizes["num_stages"] = 3
         # a program that has a unit of the GPU to itself uses all of it: 1.6 times as fast on an H100.  Not
         # from 64 rows on, where more warps multiply in another way, and so may choose otherwise
         if few and rows < 64:
-            sizes |= dict(TILE=8192 // sizes["BLOCK_D"], num_warps=8) if plain else dict(TILE=64, num_warps=4)
+            sizes |= dict(TILE=8192 // sizes["BLOCK_D"], num_warps=8)
     sizes["TILE"] = max(sizes["TILE"], cfg.block_k // cfg.stride_k)
     if slots and rows < 64:  # pages to sort and move
         sizes["num_warps"] = 8

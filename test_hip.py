@@ -228,6 +228,11 @@ def test_a_configuration_that_cannot_work_is_refused_by_name(wrong):
         HiPConfig(**wrong)
 
 
+def test_of_large_blocks_alone_the_search_looks_at_every_second_key():
+    assert [HiPConfig(block_k=n).stride_k for n in (1, 8, 16, 32)] == [1, 1, 2, 2]
+    assert HiPConfig(stride_k=1).stride_k == 1
+
+
 def test_inputs_that_do_not_fit_are_refused_by_name():
     q, k, cfg = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16), HiPConfig()
     for bad_q, bad_k, name in [
@@ -1564,7 +1569,7 @@ BAD = {
         ["--prompt", "a", "--offload", "host", "--attention", "dense"],
     "--offload-dir and --resident-tokens must come with": ["--prompt", "a", "--resident-tokens", 99],
     "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
-    "resident_tokens must be at least 32": ["--prompt", "a", "--offload", "host", "--resident-tokens", 9],
+    "resident_tokens must be at least 24": ["--prompt", "a", "--offload", "host", "--resident-tokens", 9],
     "GB of host memory: too much": ["--prompt", "a", "--offload", "host", "--max-new-tokens", 10**15],
     "--rope-clip works with every --attention but dense":
         ["--prompt", "a", "--rope-clip", 9, "--attention", "dense"],

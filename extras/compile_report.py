@@ -73,13 +73,15 @@ class Row(NamedTuple):
 def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, Hkv: int = 3):
     """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors.
 
-    -rope: with clipped positions; -bank: from an offloaded cache; -few: with few programs.
+    -rope: with clipped positions; -bank: from an offloaded cache; -few: with few programs; the last two
+    with a single query.
     """
     kernel, _, kind = kernel.partition("-")
     cfg, M = replace(cfg, rope_clip=4096 if kind == "rope" else None), cfg.budget
     chosen, slots, few = H // Hkv * M, SLOTS if kind == "bank" else 0, kind in ("few", "bank")
+    rows = 1 if few else cfg.block_q
     constants = {
-        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, M, slots, few),
+        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, rows, M, slots, few),
         "attention": lambda: hip_triton.attention_constants(cfg, H, Hkv, D, dtype, M),
         "split": lambda: hip_triton.split_constants(cfg, H, Hkv, D, dtype, M, 1),
         "merge": lambda: hip_triton.merge_constants(D, 8),

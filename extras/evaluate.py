@@ -97,7 +97,7 @@ def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> S
 METHODS = {  # a new method is a line here
     "dense": Method("dense"),
     "hip": Method(),
-    "paper": Method(fields=dict(block_k=2, stride_q=2, beam=1, dense_layers=3, dense_tail=0, memory=False)),
+    "paper": Method(fields=dict(block_k=2, stride_k=1, beam=1, dense_layers=3, dense_tail=0, memory=False)),
     "bare": Method(fields=dict(beam=1, dense_tail=0, memory=False)),  # the paper's search in blocks of 16
     "streaming": Method("streaming"),
     "random": Method(select=at_random),
@@ -112,7 +112,7 @@ METHODS = {  # a new method is a line here
 }
 DEFAULT = list(METHODS)[:8]
 SWEEP = {
-    "top_k": (256, 1024), "block_k": (4, 8, 32), "stride_q": (1, 2, 8), "stride_k": (2, 4), "beam": (1, 4),
+    "top_k": (256, 1024), "block_k": (4, 8, 32), "stride_q": (1, 4, 8), "stride_k": (1, 4), "beam": (1, 4),
     "representative": ("first", "last"), "dense_layers": (1, 3), "refresh_interval": (1, 4, 16),
 }
 
