@@ -719,8 +719,9 @@ class Bank:
         self.settle()
         slot_of, page_of, used = (x.view(-1) for x in (self.slot_of, self.page_of, self.used))
         first, slot, call = wanted // self.pages * self.slots, slot_of[wanted], used.max() + 1
-        new, evictions = wanted[slot < 0].unique(), 0
-        used[(first + slot)[slot >= 0]] = call
+        here, row, evictions = slot >= 0, first + slot, 0
+        used[row[here]] = call
+        new = wanted[~here].unique()
         if len(new):
             # as many slots of a head as it has new pages go out, least recently used first (the pages of this
             # call stand last), and take these in the order of their numbers
@@ -730,16 +731,17 @@ class Bank:
             oldest = age.topk(int(nth.max()) + 1, largest=False).indices  # (heads, most new pages of one)
             s = (h * self.slots + oldest[h, nth]).sort().values
             old = page_of[s]
-            slot_of[(h * self.pages + old)[old >= 0]], evictions = -1, int((old >= 0).sum())
+            gone = (h * self.pages + old)[old >= 0]
+            slot_of[gone], evictions = -1, len(gone)
             slot_of[new], page_of[s], used[s] = s - h * self.slots, new % self.pages, call
             self.wait()
             for rows, store in zip(self.rows, self.store, strict=True):
                 pages = store.flatten(0, 1).index_select(0, new.to(store.device))[:, :: self.stride]
                 rows.index_copy_(0, s, pages.to(rows.device))
-            slot = slot_of[wanted]
+            row = first + slot_of[wanted]
         self.found = int((used == call).sum())
         self.counted += self.counted.new_tensor([self.found - len(new), len(new), evictions])
-        return first + slot
+        return row
 
     def take(self, head: torch.Tensor, page: torch.Tensor, room: list[torch.Tensor]) -> list[torch.Tensor]:
         """Pages (G, C) of heads (G,): (G, C, keys, D) of each store; in several goes if slots are too few."""
