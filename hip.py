@@ -152,9 +152,9 @@ class Blocks:
 
     def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor,
                  thin: bool = False):
-        """stride: every stride-th key of a block is taken; thin: copy these, for many who gather."""
-        if thin and stride > 1:
-            tensors, block_k, stride = [x[:, :, ::stride].contiguous() for x in tensors], block_k // stride, 1
+        """stride: of a block take every stride-th key.  thin: many will, so copy these first, as float32."""
+        if thin:
+            tensors, block_k, stride = [x[:, :, ::stride].float() for x in tensors], block_k // stride, 1
         self.block, self.stride, self.parts = block_k, stride, []
         self.in_block = torch.arange(0, block_k, stride, device=tensors[0].device)
         self.room = [x.new_empty(0) for x in tensors]
