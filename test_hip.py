@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from hypothesis import Phase, given, settings, stateful
+from hypothesis import Phase, example, given, settings, stateful
 from hypothesis import strategies as st
 
 import generate as command
@@ -341,6 +341,14 @@ def test_a_spike_that_speaks_for_its_branch_in_every_round_is_found(n, target):
         k[0, 0, (f + l) // 2, 0] = max(height, float(k[0, 0, (f + l) // 2, 0]))
     q = torch.tensor([1.0, 0, 0, 0]).view(1, 1, 1, 4)
     assert select_blocks(q, k, cfg).blocks.item() == target
+
+
+@given(st.lists(st.sampled_from([-math.inf, -2.5, -0.0, 0.0, 3e38]), min_size=1), st.integers(1, 20))
+@example([-0.0, 0.0], 1)
+def test_of_equal_scores_the_first_wins(scores, count):
+    count = min(count, len(scores))
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    assert hip.best(torch.tensor([scores]), count).tolist() == [sorted(order[:count])]
 
 
 def test_on_local_scores_the_search_beats_random_pruning_and_never_the_oracle():
