@@ -80,7 +80,8 @@ class HiPConfig:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
         if self.stride_k is None:
-            object.__setattr__(self, "stride_k", 1 if self.block_k in (1, 2, 4, 8) else 2)
+            large = isinstance(self.block_k, int) and self.block_k >= 16
+            object.__setattr__(self, "stride_k", 2 if large else 1)
         for name in ("stride_k", *(f.name for f in fields(self) if f.type == "int")):
             least = 0 if name in ("sink", "dense_layers", "dense_tail") else 1
             check(type(getattr(self, name)) is int and getattr(self, name) >= least, name,
@@ -150,11 +151,7 @@ class Blocks:
     this `take`; whoever gathers by it need not know where the keys are.
     """
 
-    def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor,
-                 thin: bool = False):
-        """stride: of a block take every stride-th key.  thin: many will, so copy these first, as float32."""
-        if thin:
-            tensors, block_k, stride = [x[:, :, ::stride].float() for x in tensors], block_k // stride, 1
+    def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor):
         self.block, self.stride, self.parts = block_k, stride, []
         self.in_block = torch.arange(0, block_k, stride, device=tensors[0].device)
         self.room = [x.new_empty(0) for x in tensors]
@@ -201,9 +198,15 @@ def gather(rows: torch.Tensor, row: torch.Tensor, room: list[torch.Tensor], i: i
 
 def key_blocks(query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor | Paged,
                thin: bool = False) -> Blocks | Paged:
-    """What gathers from these tensors, or from their stand-ins in an offloaded cache."""
-    first = tensors[0]
-    return first if isinstance(first, Paged) else Blocks(query_heads, block_k, stride, *tensors, thin=thin)
+    """What gathers from these tensors, or from their stand-ins in an offloaded cache.
+
+    thin: much is gathered, so every stride-th key is copied first, as float32.
+    """
+    if isinstance(tensors[0], Paged):
+        return tensors[0]
+    if thin:
+        tensors, block_k, stride = [x[:, :, ::stride].float() for x in tensors], block_k // stride, 1
+    return Blocks(query_heads, block_k, stride, *tensors)
 
 
 def pieces(total: int, size: int, device: torch.device) -> Iterator[slice]:
@@ -245,10 +248,11 @@ def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: in
         return None
     zero = near_from(Tq, k.shape[2], cfg)
     lo, skip = divmod(zero, cfg.block_k)  # the first block of these, tokens of it that are far
-    near = k[:, :, zero - skip :]
+    near, far = k[:, :, zero - skip :: stride], -(-skip // stride)  # the first `far` of these are far
     turned = torch.zeros(near.shape, device=k.device)
-    turned[:, :, skip:] = rotate(near[:, :, skip:], *(x[: k.shape[2] - zero] for x in rope))
-    rows = Blocks(query_heads, cfg.block_k, stride, turned, thin=True)
+    at = slice(far * stride - skip, k.shape[2] - zero, stride)
+    turned[:, :, far:] = rotate(near[:, :, far:], *(x[at] for x in rope))
+    rows = Blocks(query_heads, cfg.block_k // stride, 1, turned)
     return lambda head, blocks: rows.take(head, (blocks - lo).clamp(min=0))[0]
 
 

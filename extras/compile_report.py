@@ -79,9 +79,9 @@ def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, 
     kernel, _, kind = kernel.partition("-")
     cfg, M = replace(cfg, rope_clip=4096 if kind == "rope" else None), cfg.budget
     chosen, slots, few = H // Hkv * M, SLOTS if kind == "bank" else 0, kind in ("few", "bank")
-    rows = 1 if few else cfg.block_q
+    Tq = 1 if few else cfg.block_q
     constants = {
-        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, rows, M, slots, few),
+        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, Tq, M, slots, few),
         "attention": lambda: hip_triton.attention_constants(cfg, H, Hkv, D, dtype, M),
         "split": lambda: hip_triton.split_constants(cfg, H, Hkv, D, dtype, M, 1),
         "merge": lambda: hip_triton.merge_constants(D, 8),
