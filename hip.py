@@ -125,10 +125,10 @@ def domain(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device | str = "cpu")
     return lo, ((start - cfg.window + 1) // cfg.block_k).clamp(min=lo)
 
 
-def query_blocks(q: torch.Tensor, cfg: HiPConfig) -> torch.Tensor:
+def query_blocks(q: torch.Tensor, block_q: int) -> torch.Tensor:
     """The query blocks of (B, H, Tq, D) heads: (G, R, D).  A last block repeats its first row until full."""
     Tq = q.shape[2]
-    R = min(cfg.block_q, Tq)
+    R = min(block_q, Tq)
     NQ = -(-Tq // R)
     if Tq % R:
         first = q[:, :, (NQ - 1) * R, None]
@@ -262,22 +262,27 @@ def turned_keys(k: torch.Tensor, tokens: torch.Tensor, rope: Rope) -> torch.Tens
     return rotate(k, *(x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in rope))
 
 
-def turned_rows(q: torch.Tensor, own: torch.Tensor, cfg: HiPConfig,
-                rope: Rope | None) -> tuple[torch.Tensor, ...]:
-    """Rows (G, R, D) at positions own (G, R) for `products`, float32: (q,), or with rope a pair.
+def turned_rows(q: torch.Tensor, Tk: int, cfg: HiPConfig, rope: Rope | None,
+                stride: int = 1) -> tuple[torch.Tensor, ...]:
+    """Every stride-th of the last queries (B, H, Tq, D) of Tk tokens, for `products`: (q,) as it came.
 
-    Its first is rotated by these positions, for near keys, its second by rope_clip, for far ones.
+    With rope, in float32: rotated by their positions, for near keys, and by rope_clip, for far ones; without
+    the second where nothing is far.
     """
     if rope is None:
-        return q.float(),
-    (cos, sin), clip = rope, min(cfg.rope_clip, len(rope[0]) - 1)  # where nothing is far, rope may be shorter
-    return rotate(q, cos[own], sin[own]), rotate(q, cos[clip], sin[clip])
+        return q[:, :, ::stride],
+    (cos, sin), clip, zero = rope, cfg.rope_clip, near_from(q.shape[2], Tk, cfg)
+    own, q = slice(Tk - q.shape[2] - zero, Tk - zero, stride), q[:, :, ::stride]
+    near = rotate(q, cos[own], sin[own])
+    return (near, rotate(q, cos[clip], sin[clip])) if Tk > clip else (near,)
 
 
 def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tokens: torch.Tensor,
              cfg: HiPConfig, rope: Rope | None, turned: Callable | None = None,
-             keys_first: bool = False) -> torch.Tensor:
+             keys_first: bool = False) -> list[torch.Tensor]:
     """q . k of `turned_rows` and the keys of C blocks of n: (G, R, C * n) float32, or (G, C * n, R).
+
+    In runs of keys: `joined` puts them together.
 
     keys: a function from a slice of the C blocks to their keys (G, c, n, D); turned: the same of keys that
     are rotated already, None to rotate them here.
@@ -291,8 +296,11 @@ def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tok
         k = k.flatten(1, 2).float()
         return torch.bmm(k, q.transpose(1, 2)) if keys_first else torch.bmm(q, k.transpose(1, 2))
 
-    if rope is None:
-        return times(q[0], keys(slice(None)))
+    def near_keys(c):
+        return turned(c) if turned else turned_keys(keys(c), tokens[:, c], rope)
+
+    if len(q) == 1:
+        return [times(q[0], keys(slice(None)) if rope is None else near_keys(slice(None)))]
     clip, (_, C, n), runs, dim = cfg.rope_clip, tokens.shape, [], 1 if keys_first else 2
     near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - clip).any(0)  # (C,) in some pair
     far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - clip).any(0)
@@ -303,14 +311,17 @@ def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tok
     if end > 0:
         runs.append(times(q[1], keys(slice(0, end))))
     if start < C:
-        last = slice(start, C)
-        runs.append(times(q[0], turned(last) if turned else turned_keys(keys(last), tokens[:, last], rope)))
+        runs.append(times(q[0], near_keys(slice(start, C))))
     if start < end:
-        apart, both = own[:, :, None] - tokens[:, start:end].flatten(1)[:, None], (end - start) * n
-        clipped = (apart.transpose(1, 2) if keys_first else apart) >= clip
+        last, both, token = own - clip, (end - start) * n, tokens[:, start:end].flatten(1)
+        clipped = token[:, :, None] <= last[:, None] if keys_first else token[:, None] <= last[:, :, None]
         distant, mixed = runs[0].split((start * n, both), dim)
         nearby, rest = runs[1].split((both, (C - end) * n), dim)
         runs = [distant, mixed.where(clipped, nearby), rest]
+    return runs
+
+
+def joined(runs: list[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat(runs, dim) if len(runs) > 1 else runs[0]
 
 
@@ -332,8 +343,10 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
             return turned(head, blocks[:, c])
 
         tokens = None if rope is None else blocks[g][:, :, None] * cfg.block_k + in_block  # (G, C, keys)
-        s = products([x[g] for x in q], own[g], keys, tokens, cfg, rope, turned and near, keys_first=True)
-        scores.append(s.view(*blocks[g].shape, -1).amax(-1))  # keys first, so that it runs along memory
+        b_q = [x[g].float() for x in q]
+        s = products(b_q, own[g], keys, tokens, cfg, rope, turned and near, keys_first=True)
+        each = [x.unflatten(1, (-1, len(in_block))).flatten(2).amax(-1) for x in s]  # along memory
+        scores.append(joined(each, 1))
     return finite(torch.cat(scores))
 
 
@@ -420,7 +433,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     if int(hi.max()) == lo:  # sink and window cover everything
         return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
     own = (row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero).repeat(B * H, 1)  # (G, R)
-    rows = turned_rows(query_blocks(q, cfg)[:, :: cfg.stride_q], own, cfg, rope)
+    rows = [query_blocks(x, cfg.block_q // cfg.stride_q) for x in turned_rows(q, Tk, cfg, rope, cfg.stride_q)]
     keys = key_blocks(H, cfg.block_k, cfg.stride_k, k, thin=NQ > 1)
     turned = turned_blocks(H, cfg.stride_k, k, Tq, cfg, rope)
     heads, index = number(B * H, NQ, q.device)
@@ -454,9 +467,9 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
     blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
     own = row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero  # (NQ, R)
     NQ, R = own.shape
-    rows = query_blocks(q, cfg)[:, :: cfg.stride_q].unflatten(0, (B * H, NQ)).flatten(1, 2)
     own = own.flatten().expand(B * H, -1)  # (B * H, NQ * R)
-    rows = turned_rows(rows, own, cfg, rope)
+    rows = [query_blocks(x, cfg.block_q // cfg.stride_q).unflatten(0, (B * H, NQ)).flatten(1, 2).float()
+            for x in turned_rows(q, Tk, cfg, rope, cfg.stride_q)]
     scores = torch.empty(B * H, NQ, blocks, device=q.device)
     for c in pieces(blocks, 256, q.device):
         tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
@@ -470,6 +483,7 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
             b_q, at = [x[:, part] for x in rows], own[:, part]
             s = products(b_q, at, lambda x, keys=keys: keys[:, x], tokens, cfg, rope,
                          None if near is None else lambda x, near=near: near[:, x], keys_first=True)
+            s = joined(s, 1)
             s = s.view(B * H, c.stop - c.start, -1, s.shape[2] // R, R).amax((2, 4))
             scores[:, i : i + step, c] = s.transpose(1, 2)
     return best_of_domain(finite(scores).view(B, H, NQ, blocks), Tq, Tk, cfg)
@@ -520,8 +534,10 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         raise ValueError(f"selection must have windows that begin with a block of {cfg.block_k} tokens")
     check_rope(rope, q, Tk, cfg)
     scale, device, zero = D**-0.5 if scale is None else scale, q.device, near_from(Tq, Tk, cfg)
-    rows, past = query_blocks(q, cfg), key_blocks(H, cfg.block_k, 1, k, v)
-    turned = turned_blocks(H, 1, k, Tq, cfg, rope)
+    rows = [query_blocks(x, cfg.block_q) for x in turned_rows(q, Tk, cfg, rope)]
+    past, turned = key_blocks(H, cfg.block_k, 1, k, v), turned_blocks(H, 1, k, Tq, cfg, rope)
+    if turned:  # of far keys alone what came is gathered
+        past, far = key_blocks(H, cfg.block_k, 1, v), key_blocks(H, cfg.block_k, 1, k)
     lo, M = -(-cfg.sink // cfg.block_k), selection.blocks.shape[3]
     in_block = torch.arange(cfg.block_k, device=device)
     own, first = row_positions(Tq, Tk, cfg, device), selection.window_start // cfg.block_k
@@ -536,14 +552,16 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         chosen = selection.blocks.flatten(0, 2)[g].long()  # (G, M)
         blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
         tokens = blocks[..., None] * cfg.block_k + in_block  # (G, C, block_k) positions looked at
-        b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
+        *b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
+
+        def keys(c, head=head, blocks=blocks, b_k=b_k):
+            return far.take(head, blocks[:, c])[0] if turned else b_k[0][:, c]
 
         def near(c, head=head, blocks=blocks):
             return turned(head, blocks[:, c])
 
-        at = own[i] - zero
-        b_q = turned_rows(rows[g].float() * scale, at, cfg, rope)
-        s = products(b_q, at, lambda c, b_k=b_k: b_k[:, c], tokens - zero, cfg, rope, turned and near)
+        b_q = [x[g].float() * scale for x in rows]
+        s = joined(products(b_q, own[i] - zero, keys, tokens - zero, cfg, rope, turned and near), 2)
         tokens = tokens.flatten(1)
         # causal mask: only behind the first query, unless a short text's sink reaches into the window
         seen = int((own[i, 0] - selection.window_start[i]).min())
@@ -568,17 +586,17 @@ def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | 
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
     check_rope(rope, q, Tk, cfg)
     zero = near_from(Tq, Tk, cfg)
-    q = q.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float()  # (B * Hkv, rows, D)
-    q = q * (D**-0.5 if scale is None else scale)
-    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(len(q), -1)  # (B * Hkv, rows)
+    scale = D**-0.5 if scale is None else scale
+    rows = [x.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float() * scale  # (B * Hkv, rows, D)
+            for x in turned_rows(q, Tk, cfg, rope)]
+    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(B * Hkv, -1)  # (B * Hkv, rows)
     at_q = own - zero
-    rows = turned_rows(q, at_q, cfg, rope)
-    o, total, top = torch.zeros_like(q), 0.0, torch.full_like(q[..., :1], -math.inf)
+    o, total, top = torch.zeros_like(rows[0]), 0.0, torch.full_like(rows[0][..., :1], -math.inf)
     for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
         tokens = torch.arange(piece.start, piece.stop, device=q.device)
         b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
         at_k = tokens[None, :, None] - zero
-        s = products(rows, at_q, lambda c, b_k=b_k: b_k[:, c, None], at_k, cfg, rope)
+        s = joined(products(rows, at_q, lambda c, b_k=b_k: b_k[:, c, None], at_k, cfg, rope), 2)
         if piece.stop > Tk - Tq:
             s.masked_fill_(tokens > own[..., None], -math.inf)
         highest = torch.maximum(top, s.amax(-1, keepdim=True))

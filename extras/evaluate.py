@@ -80,7 +80,7 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     keys = hip.key_blocks(H, cfg.block_k, cfg.stride_k, k)
     head, zero = torch.arange(B * H, device=q.device), hip.near_from(Tq, Tk, cfg)
     own = (hip.row_positions(Tq, Tk, cfg, q.device) - zero).expand(B * H, -1)
-    rows = hip.turned_rows(hip.query_blocks(q, cfg), own, cfg, rope)
+    rows = [hip.query_blocks(x, cfg.block_q) for x in hip.turned_rows(q, Tk, cfg, rope)]
     scores = hip.block_scores(rows, own, keys, head, old.clamp(min=0), cfg, rope, zero)
     blocks = hip.merge(old.where(old >= 0, hip.NO_BLOCK), scores, cfg.budget).view(B, H, 1, -1)
     return Selection(blocks.where(blocks != hip.NO_BLOCK, -1).int(),
