@@ -711,20 +711,29 @@ class Bank:
         heads, self.pages, _, D = store[0].shape
         shape = heads * slots, self.block // stride, D
         self.rows = [torch.full(shape, math.nan, dtype=x.dtype, device=device) for x in store]
-        self.slot_of = torch.full((heads, self.pages), -1, device=device)  # page table, -1: not here
-        self.page_of = torch.full((heads, slots), -1, device=device)  # its inverse, -1: a free slot
-        self.used = torch.full((heads, slots), -1, device=device)  # call that last needed a slot
-        self.counted = torch.zeros(3, dtype=torch.long, device=device)  # hits, misses, evictions
+        # pages and slots are numbered through heads; the last entry of a table, -1, is of what is nowhere
+        self.slot_of = torch.full((heads * self.pages + 1,), -1, device=device)  # page table
+        self.page_of = torch.full((heads * slots,), -1, device=device)  # its inverse, -1: a free slot
+        self.last_use = torch.full((heads * slots + 1,), -1, device=device)  # call that last needed a slot
+        self.used = self.last_use[:-1].view(heads, slots)
         self.narrowed = 0  # bytes that were moved without a slot
         self.latest, self.found = None, 0  # what the last call wanted and where it is; how many pages
-        self.again = 0  # of hip_triton alone: calls that wanted the same, and are still to be counted
+        self.counts = [0, 0]  # hits, misses
+        # of hip_triton's kernels: their counts, and calls that wanted the same and are yet to be counted
+        self.counted, self.again = torch.zeros(2, dtype=torch.long, device=device), 0
 
     @property
     def hits(self) -> int:
-        latest = self.used == self.used.amax(1, keepdim=True)  # kernels number the calls of each head
-        return int(self.counted[0] + self.again * latest.sum())
+        self.settle()
+        return self.counts[0] + int(self.counted[0])
 
-    misses, evictions = (property(lambda self, i=i: int(self.counted[i])) for i in (1, 2))
+    @property
+    def misses(self) -> int:
+        return self.counts[1] + int(self.counted[1])
+
+    @property
+    def evictions(self) -> int:
+        return self.misses - int((self.page_of >= 0).sum())
 
     @property
     def bytes(self) -> int:
@@ -732,18 +741,17 @@ class Bank:
         return self.narrowed + self.misses * sum(rows[0].nbytes for rows in self.rows)
 
     def settle(self) -> None:
-        """Forget where the last call found its pages, for they are about to move."""
-        if self.latest:
-            self.counted[0], self.latest, self.again = self.hits, None, 0
+        """Count what kernels have left to be counted, before the last call is another."""
+        if self.again:  # kernels number the calls of each head
+            self.counted[0] += self.again * (self.used == self.used.amax(1, keepdim=True)).sum()
+            self.again = 0
 
     def find(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Rows (n,) of pages (n,), numbered through heads; of a head no more different ones than slots."""
+        """Slots (n,) of pages (n,), both numbered through heads; of a head no more pages than slots."""
         self.settle()
-        slot_of, page_of, used = (x.view(-1) for x in (self.slot_of, self.page_of, self.used))
-        first, slot, call = wanted // self.pages * self.slots, slot_of[wanted], used.max() + 1
-        here, row, evictions = slot >= 0, first + slot, 0
-        used[row[here]] = call
-        new = wanted[~here].unique()
+        self.latest = None  # its pages may move
+        call, slot = self.used.max() + 1, self.slot_of[wanted]
+        self.last_use[slot], new = call, wanted[slot < 0].unique()
         if len(new):
             # as many slots of a head as it has new pages go out, least recently used first (the pages of this
             # call stand last), and take these in the order of their numbers
@@ -752,25 +760,23 @@ class Bank:
             age = self.used * self.slots + torch.arange(self.slots, device=h.device)
             oldest = age.topk(int(nth.max()) + 1, largest=False).indices  # (heads, most new pages of one)
             s = (h * self.slots + oldest[h, nth]).sort().values
-            old = page_of[s]
-            gone = (h * self.pages + old)[old >= 0]
-            slot_of[gone], evictions = -1, len(gone)
-            slot_of[new], page_of[s], used[s] = s - h * self.slots, new % self.pages, call
+            self.slot_of[self.page_of[s]] = -1
+            self.slot_of[new], self.page_of[s], self.last_use[s] = s, new, call
             self.wait()
             for rows, store in zip(self.rows, self.store, strict=True):
                 pages = store.flatten(0, 1).index_select(0, new.to(store.device))[:, :: self.stride]
                 rows.index_copy_(0, s, pages.to(rows.device))
-            row = first + slot_of[wanted]
-        self.found = int((used == call).sum())
-        self.counted += self.counted.new_tensor([self.found - len(new), len(new), evictions])
-        return row
+            slot = self.slot_of[wanted]
+        self.found = int((self.used == call).sum())
+        self.counts = [self.counts[0] + self.found - len(new), self.counts[1] + len(new)]
+        return slot
 
     def take(self, head: torch.Tensor, page: torch.Tensor, room: list[torch.Tensor]) -> list[torch.Tensor]:
         """Pages (G, C) of heads (G,): (G, C, keys, D) of each store; in several goes if slots are too few."""
         wanted = (head[:, None] * self.pages + page).flatten()
         shape, goes = (*page.shape, *self.rows[0].shape[1:]), 1
         if same := bool(self.latest) and torch.equal(self.latest[0], wanted):  # mostly so while decoding
-            self.counted[0] += self.found
+            self.counts[0] += self.found
         elif int(head.bincount().max()) * page.shape[1] > self.slots:  # else slots suffice in any case
             each, back = wanted.unique(return_inverse=True)
             h = each // self.pages
@@ -778,15 +784,14 @@ class Bank:
             go = (torch.arange(len(h), device=h.device) - torch.searchsorted(h, h))[back] // self.slots
             goes = int(go.max()) + 1
         if goes == 1:
-            if not same:
-                self.latest = wanted, self.find(wanted)
-            found = self.latest[1]
-            return [gather(x.flatten(1), found, room, i).view(shape) for i, x in enumerate(self.rows)]
+            slot = self.latest[1] if same else self.find(wanted)
+            self.latest = wanted, slot
+            return [gather(x.flatten(1), slot, room, i).view(shape) for i, x in enumerate(self.rows)]
         out = [x.new_empty(shape) for x in self.rows]
         for n in range(goes):
-            found = self.find(wanted[go == n])
+            slot = self.find(wanted[go == n])
             for x, rows in zip(out, self.rows, strict=True):
-                x.flatten(0, 1)[go == n] = rows[found]
+                x.flatten(0, 1)[go == n] = rows[slot]
         return out
 
     def wait(self) -> None:
@@ -796,11 +801,12 @@ class Bank:
 
     def overwrite(self, page: int, token: int, new: torch.Tensor) -> None:
         """Write (parts, heads, n, D) behind the first `token` tokens of a page, in heads that have it."""
-        slot = self.slot_of[:, page]
-        h = (slot >= 0).nonzero()[:, 0]
-        row = h * self.slots + slot[h]
+        slot = self.slot_of[page : -1 : self.pages]
+        here = slot >= 0
+        if not here.all():
+            slot, new = slot[here], new[:, here]
         for rows, x in zip(self.rows, new, strict=True):
-            rows[row, token : token + x.shape[1]] = x[h]
+            rows[slot, token : token + x.shape[1]] = x
 
 
 class Paged:
@@ -930,7 +936,7 @@ class OffloadedKVCache:
             self.stream.wait_stream(torch.cuda.current_stream())
             new.record_stream(self.stream)
         with torch.cuda.stream(self.stream):  # does nothing where there is none
-            self.store[layer].flatten(2, 3)[:, :, start : start + T].copy_(new, non_blocking=True)
+            self.store.flatten(3, 4)[layer, :, :, start : start + T].copy_(new, non_blocking=True)
         if self.stream:  # whoever reads the store on the device does it after this
             torch.cuda.current_stream().wait_stream(self.stream)
         if rest := -start % block:
@@ -960,5 +966,5 @@ class OffloadedKVCache:
 
     def resident_tokens(self) -> int:
         """Most tokens that a layer and head has on the device; a slot stays full, so also the most ever."""
-        return max(sum(int((bank.page_of >= 0).sum(1).max()) * (bank.block // bank.stride) for bank in pair)
+        return max(sum(int((bank.used >= 0).sum(1).max()) * (bank.block // bank.stride) for bank in pair)
                    for pair in self.banks)

@@ -286,7 +286,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     grid, slots, bank = (NQ, H, B), 0, None
     if paged:
         grid, slots, bank = (1, Hkv, B), k.bank.slots, pointers(k.bank)
-        k.bank.settle()
+        k.bank.latest = None  # its pages may move
         k = k.bank.rows[0].view(B, Hkv, -1, D)
     with torch.cuda.device_of(q):
         search_kernel[grid](q, k, old, blocks, *table(rope), q.stride(), k.stride(), bank, Tq, Tk,
@@ -616,6 +616,7 @@ def find(bank, i_x, again, b_page, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D:
          BLOCK_D: tl.constexpr, SLOTS: tl.constexpr):
     """Slots of pages b_page (C,) of key head i_x, -1 for none.  Brings in what is missing as hip.Bank.find.
 
+    In this function pages and slots are counted from the head's first, in the bank's tables through heads.
     again: how often the last call found its pages once more, to be counted.  SLOTS: of a head, rounded up to
     a power of two.  A head belongs to one program, but to all threads of it: barriers stand where one may
     read what another wrote, or write what another has yet to read.
@@ -633,7 +634,7 @@ def find(bank, i_x, again, b_page, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D:
     hits = again * tl.sum((m_s & (b_used == call - 1)).to(tl.int64), 0)
     b_want = tl.sort(tl.where(b_page < 0, NO_BLOCK, b_page))
     m_one = (b_want != NO_BLOCK) & ((o_c == 0) | (tl.gather(b_want, tl.maximum(o_c - 1, 0), 0) != b_want))
-    b_slot = tl.load(p_slot + b_want, mask=m_one, other=-1)
+    b_slot = tl.load(p_slot + b_want, mask=m_one, other=-1) - i_x * slots
     m_hit, m_new = m_one & (b_slot >= 0), m_one & (b_slot < 0)
     misses = tl.sum(m_new.to(tl.int64), 0)
     tl.debug_barrier()
@@ -654,19 +655,19 @@ def find(bank, i_x, again, b_page, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D:
         b_in = tl.gather(b_new, tl.where(m_out, tl.cumsum(m_out.to(tl.int32), 0) - 1, 0), 0)
         b_old = tl.load(p_page + o_s, mask=m_out, other=-1)
         tl.atomic_add(p_counted + 1, misses, sem="relaxed")
-        tl.atomic_add(p_counted + 2, tl.sum((b_old >= 0).to(tl.int64), 0), sem="relaxed")
         tl.debug_barrier()
-        tl.store(p_slot + b_old, -1, mask=b_old >= 0)
-        tl.store(p_slot + b_in, o_s, mask=m_out)
-        tl.store(p_page + o_s, b_in, mask=m_out)
+        tl.store(bank[0] + b_old, -1, mask=b_old >= 0)
+        tl.store(p_slot + b_in, i_x * slots + o_s, mask=m_out)
+        tl.store(p_page + o_s, i_x * pages + b_in, mask=m_out)
         tl.store(p_used + o_s, call, mask=m_out)
         tl.debug_barrier()
-        b_to = tl.load(p_slot + b_new, mask=o_c < misses, other=0)
+        b_to = tl.load(p_slot + b_new, mask=o_c < misses, other=0)  # counted through heads
         for part in tl.static_range(6, len(bank), 2):
-            p_store, p_rows = bank[part] + i_x * pages * BLOCK * D, i_x * slots * (BLOCK // STRIDE) * D
-            copy_pages(p_store, b_new, bank[part + 1] + p_rows, b_to, misses, BLOCK, STRIDE, D, BLOCK_D)
+            p_store = bank[part] + i_x * pages * BLOCK * D
+            copy_pages(p_store, b_new, bank[part + 1], b_to, misses, BLOCK, STRIDE, D, BLOCK_D)
         tl.debug_barrier()
-    return tl.load(p_slot + b_page, mask=b_page >= 0, other=-1).to(tl.int32)
+    b_slot = tl.load(p_slot + b_page, mask=b_page >= 0, other=0) - i_x * slots
+    return tl.where(b_page >= 0, b_slot, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first", "last", "count", "again"])
@@ -723,12 +724,12 @@ def append_kernel(p_k, p_v, bank, s_k, s_v, start, T, HKV: tl.constexpr, BLOCK: 
     Masks: m_x tokens that exist and the padding of D, m_s those whose page has a slot.
     """
     i_k, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    i_x, pages, slots = i_b * HKV + i_k, bank[4], bank[5]
+    i_x, pages = i_b * HKV + i_k, bank[4]
     o_x, o_d = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)[None, :]
     o_t, m_x = start + o_x, (o_x < T)[:, None] & (o_d < D)
     b_slot = tl.load(bank[0] + i_x * pages + o_t // BLOCK, mask=o_x < T, other=-1)
     o_store = ((i_x * pages * BLOCK + o_t) * D)[:, None] + o_d
-    o_slot = (((i_x * slots + b_slot) * BLOCK + o_t % BLOCK) * D)[:, None] + o_d
+    o_slot = ((b_slot * BLOCK + o_t % BLOCK) * D)[:, None] + o_d
     m_s, o_x = m_x & (b_slot >= 0)[:, None], o_x[:, None].to(tl.int64)
     b_k = tl.load(p_k + i_b * s_k[0] + i_k * s_k[1] + o_x * s_k[2] + o_d * s_k[3], mask=m_x)
     b_v = tl.load(p_v + i_b * s_v[0] + i_k * s_v[1] + o_x * s_v[2] + o_d * s_v[3], mask=m_x)
