@@ -336,8 +336,10 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
     in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device) - zero
     key_bytes = 4 * C * len(in_block) * q[0].shape[2]
     for g in pieces(len(blocks), 2 * PIECE_BYTES // key_bytes, blocks.device):  # few rows each: fewer calls
-        def keys(c, head=head[g], blocks=blocks[g]):
-            return k.take(head, blocks[:, c])[0]
+        b_k = None if turned else k.take(head[g], blocks[g])[0]
+
+        def keys(c, head=head[g], blocks=blocks[g], b_k=b_k):
+            return k.take(head, blocks[:, c])[0] if turned else b_k[:, c]
 
         def near(c, head=head[g], blocks=blocks[g]):
             return turned(head, blocks[:, c])
