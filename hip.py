@@ -152,7 +152,7 @@ class Blocks:
     """
 
     def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor):
-        self.block, self.stride, self.parts = block_k, stride, []
+        self.block, self.stride, self.length, self.parts = block_k, stride, tensors[0].shape[2], []
         self.in_block = torch.arange(0, block_k, stride, device=tensors[0].device)
         self.room = [x.new_empty(0) for x in tensors]
         for x in tensors:
@@ -160,28 +160,27 @@ class Blocks:
             if x.stride(3) != 1 or x.stride(2) != D or x.stride(1) % D or x.stride(0) % D:
                 x = x.contiguous()
             batch, head = x.stride(0) // D, x.stride(1) // D
-            first = torch.arange(B)[:, None] * batch + torch.arange(H) * head  # (B, H) row of token 0
-            first = first.repeat_interleave(query_heads // H, 1).flatten().to(x.device)  # (B * query heads,)
+            group = query_heads // H
+            first = [b * batch + h // group * head for b in range(B) for h in range(query_heads)]
+            first = torch.tensor(first, device=x.device)  # (B * query heads,) row of token 0
             rows = (B - 1) * batch + (H - 1) * head + T
             tokens = x.as_strided((rows, D), (D, 1))
             # row t is the block that begins with token t: the rows overlap
             blocks = x.as_strided((max(0, rows + 1 - block_k), block_k * D), (D, 1))
-            self.parts.append((first, tokens, blocks, T))
+            self.parts.append((first, tokens, blocks))
 
     def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
         """Every stride-th key of blocks (G, C) of heads (G,), numbered through B * H: (G, C, keys, D) each.
 
         A token past the end is the last token once more.  The result is good until the next call.
         """
-        taken = []
-        for i, (first, tokens, whole, T) in enumerate(self.parts):
-            start, head_row = blocks * self.block, first.index_select(0, head)[:, None]
-            if self.stride == 1 and int(start.max()) + self.block <= T:
-                rows, row = whole, head_row + start
-            else:
-                token = (start[..., None] + self.in_block).clamp(max=T - 1)
-                rows, row = tokens, head_row[..., None] + token
-            x = gather(rows, row.flatten(), self.room, i)
+        taken, at = [], blocks * self.block
+        by_token = self.stride > 1 or int(at.max()) + self.block > self.length
+        if by_token:
+            at = (at[..., None] + self.in_block).clamp(max=self.length - 1).flatten(1)
+        for i, (first, tokens, whole) in enumerate(self.parts):
+            row = first.index_select(0, head)[:, None] + at
+            x = gather(tokens if by_token else whole, row.flatten(), self.room, i)
             taken.append(x.view(*blocks.shape, len(self.in_block), -1))
         return taken
 
@@ -384,10 +383,10 @@ def search(score: Callable, lo: int, n: torch.Tensor, cfg: HiPConfig) -> tuple[t
     # one round at least, for the scores; a round too many splits [f, f+1) into nothing and itself: no change
     rounds = max(1, math.ceil(math.log2(max(1, widest))))
     for r in range(rounds):
-        mid = (f + l) // 2
+        mid = (f + l) >> 1  # a division of whole numbers takes ten times as long
         f = torch.stack([f, mid], -1)  # Alg. 1, l. 5-8: two branches of each node, (G, N, 2)
         l = torch.stack([mid, l], -1)
-        speaker = {"center": (f + l) // 2, "first": f, "last": l - 1}[cfg.representative].clamp(lo, lo + last)
+        speaker = {"center": (f + l) >> 1, "first": f, "last": l - 1}[cfg.representative].clamp(lo, lo + last)
         if scores is not None and r == rounds - 1 and cfg.representative == "center":
             # of two blocks the right one spoke for the node, so its score is known: saves 1/8 of the search
             new = torch.stack([score(speaker[:, :, 0]), scores], -1)
@@ -562,13 +561,12 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         def near(c, head=head, blocks=blocks):
             return turned(head, blocks[:, c])
 
-        b_q = [x[g].float() * scale for x in rows]
-        s = joined(products(b_q, own[i] - zero, keys, tokens - zero, cfg, rope, turned and near), 2)
-        tokens = tokens.flatten(1)
+        b_q, at = [x[g].float() * scale for x in rows], own[i]
+        s = joined(products(b_q, at - zero, keys, tokens - zero, cfg, rope, turned and near), 2)
         # causal mask: only behind the first query, unless a short text's sink reaches into the window
-        seen = int((own[i, 0] - selection.window_start[i]).min())
+        seen = int((at[:, 0] - selection.window_start[i]).min())
         masked = (lo + M) * cfg.block_k + seen + 1 if seen >= 0 else 0
-        later = tokens[:, None, masked:] > own[i][:, :, None]
+        later = tokens.flatten(1)[:, None, masked:] > at[:, :, None]
         s[:, :, masked:].masked_fill_(later, -math.inf)
         if (chosen < 0).any():
             padding = (chosen < 0).repeat_interleave(cfg.block_k, 1)
@@ -751,7 +749,6 @@ class Bank:
     def find(self, wanted: torch.Tensor) -> torch.Tensor:
         """Slots (n,) of pages (n,), both numbered through heads; of a head no more pages than slots."""
         self.settle()
-        self.latest = None  # its pages may move
         call, slot = self.used.max() + 1, self.slot_of[wanted]
         self.last_use[slot], new = call, wanted[slot < 0].unique()
         if len(new):
@@ -789,7 +786,7 @@ class Bank:
             slot = self.latest[1] if same else self.find(wanted)
             self.latest = wanted, slot
             return [gather(x.flatten(1), slot, room, i).view(shape) for i, x in enumerate(self.rows)]
-        out = [x.new_empty(shape) for x in self.rows]
+        out, self.latest = [x.new_empty(shape) for x in self.rows], None
         for n in range(goes):
             slot = self.find(wanted[go == n])
             for x, rows in zip(out, self.rows, strict=True):

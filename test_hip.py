@@ -669,7 +669,7 @@ class CacheMachine(stateful.RuleBasedStateMachine):
         self.cache.banks[0] = self.cache.banks[0][0], self.bank
         self.k, self.v = torch.empty(2, 0, 3), torch.empty(2, 0, 3)
         self.here = [{}, {}]  # of each head: page -> (slot, call that used it last)
-        self.calls, self.wanted = 0, None  # the latest blocks and heads
+        self.calls, self.asked = 0, []  # blocks and heads of earlier look-ups
         self.counts = dict(hits=0, misses=0, evictions=0, bytes=0)
 
     @stateful.rule(tokens=st.integers(1, 9))
@@ -685,7 +685,8 @@ class CacheMachine(stateful.RuleBasedStateMachine):
         last = (self.k.shape[1] - 1) // 4
         three = st.lists(st.integers(0, last), min_size=3, max_size=3)
         new = data.draw(st.tuples(*[three] * len(heads))), heads
-        blocks, heads = self.wanted = data.draw(st.sampled_from([new, self.wanted or new]))  # often the same
+        blocks, heads = data.draw(st.sampled_from([new, *self.asked[-3:]]))  # often the same
+        self.asked.append((blocks, heads))
         taken = self.cache.keys(0).take(torch.tensor(heads), torch.tensor(blocks))
         for x, store in zip(taken, (self.k, self.v), strict=True):
             padded = torch.nn.functional.pad(store, (0, 0, 0, 3))
@@ -729,6 +730,17 @@ class CacheMachine(stateful.RuleBasedStateMachine):
 
 TestAnOffloadedCacheDrivenAtRandom = CacheMachine.TestCase
 TestAnOffloadedCacheDrivenAtRandom.settings = settings(max_examples=40, stateful_step_count=20)
+
+
+def test_a_look_up_in_several_goes_moves_pages_that_were_just_found():
+    cache = hip.OffloadedKVCache((1, 1, 1, 40, 3), 1, HiPConfig(top_k=4, block_k=4), torch.float32)
+    cache.banks[0] = cache.banks[0][0], hip.Bank(list(cache.store[0]), 2, 1, "cpu")
+    k, v = torch.randn(2, 1, 1, 40, 3)
+    cache.append(0, k, v)
+    for blocks in [[0, 1], [2, 3, 4, 5, 6], [0, 1]]:
+        taken = cache.keys(0).take(torch.tensor([0]), torch.tensor([blocks]))
+        for found, x in zip(taken, (k, v), strict=True):
+            assert torch.equal(found[0], x[0, 0].unflatten(0, (10, 4))[blocks])
 
 
 def test_the_tokens_on_the_device_grow_as_the_logarithm_of_the_text():
@@ -1097,7 +1109,11 @@ def test_triton_searches_a_bank_page_by_page_as_the_reference_does(kernels, repr
     k = store.to(DEVICE).view(B, Hkv, -1, D)[:, :, :Tk]
     bank, wanted = bank_of(store, 9, stride_k), bank_of(store, 9, stride_k)
     g, selection = torch.Generator().manual_seed(0), None
+    head, pages = torch.tensor([0], device=DEVICE), torch.tensor([[3, 7]], device=DEVICE)
     for _ in range(3):
+        for x in (bank, wanted):  # the same look-up every time, though the search moves pages
+            found = hip.Paged(x, 0, (B, Hkv, Tk, D), 1).take(head, pages)[0]
+            assert torch.equal(found[0].cpu(), store[0, 0, [3, 7], ::stride_k])
         q = tensor(g, "whole", B, Hkv * group, 1, D).to(DEVICE)
         previous, shape = selection, (B, Hkv, Tk, D)
         selection = kernels.select_blocks(q, hip.Paged(bank, 0, shape, group), cfg, previous)
