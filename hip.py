@@ -931,13 +931,15 @@ class OffloadedKVCache:
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Into the store, and into the slot of a page that was begun; the search only meets full pages."""
         T, block, new = k.shape[2], self.store.shape[4], torch.stack([k, v]).flatten(1, 2)  # (2, heads, T, D)
+        stored = self.store.flatten(3, 4)[layer, :, :, start : start + T]
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
             new.record_stream(self.stream)
-        with torch.cuda.stream(self.stream):  # does nothing where there is none
-            self.store.flatten(3, 4)[layer, :, :, start : start + T].copy_(new, non_blocking=True)
-        if self.stream:  # whoever reads the store on the device does it after this
-            torch.cuda.current_stream().wait_stream(self.stream)
+            with torch.cuda.stream(self.stream):
+                stored.copy_(new, non_blocking=True)
+            torch.cuda.current_stream().wait_stream(self.stream)  # whoever reads the store does it after this
+        else:
+            stored.copy_(new)
         if rest := -start % block:
             self.banks[layer][1].overwrite(start // block, start % block, new[:, :, :rest])
 
