@@ -47,7 +47,7 @@ SIZES = {  # (batch, tokens) or tokens of each part, and decoding steps of a rou
     "cuda": dict(prefill=[(1, 2**n * K) for n in range(3, 10)],
                  decoding=[(B, T * K) for B in (1, 32) for T in (8, 32, 128, 512)], steps=64,
                  layer=(32 * K, 128 * K, 512 * K), whole=(32 * K, 128 * K), model=(8 * K - 256, 32 * K)),
-    "cpu": dict(prefill=[(1, K)], decoding=[(2, K)], layer=[8 * K], whole=[512], model=(512, K), steps=8),
+    "cpu": dict(prefill=[(1, K)], decoding=[(2, K)], layer=[8 * K], whole=[512], model=(512, K), steps=40),
 }
 ODD = dict(top_k=32, block_q=16, block_k=8, stride_q=2, stride_k=2, sink=5, window=33)
 CASES = {  # of the memory check; the last three are those of the timings, which then need compile nothing
