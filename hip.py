@@ -536,9 +536,9 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     check_rope(rope, q, Tk, cfg)
     scale, device, zero = D**-0.5 if scale is None else scale, q.device, near_from(Tq, Tk, cfg)
     rows = [query_blocks(x, cfg.block_q) for x in turned_rows(q, Tk, cfg, rope)]
-    past, turned = key_blocks(H, cfg.block_k, 1, k, v), turned_blocks(H, 1, k, Tq, cfg, rope)
-    if turned:  # of far keys alone what came is gathered
-        past, far = key_blocks(H, cfg.block_k, 1, v), key_blocks(H, cfg.block_k, 1, k)
+    turned = turned_blocks(H, 1, k, Tq, cfg, rope)
+    far = key_blocks(H, cfg.block_k, 1, k) if turned else None  # then only far keys are wanted as they came
+    past = key_blocks(H, cfg.block_k, 1, *((v,) if turned else (k, v)))
     lo, M = -(-cfg.sink // cfg.block_k), selection.blocks.shape[3]
     in_block = torch.arange(cfg.block_k, device=device)
     own, first = row_positions(Tq, Tk, cfg, device), selection.window_start // cfg.block_k
@@ -699,6 +699,11 @@ def check_selection(selection: Selection, B: int, H: int, NQ: int, name: str) ->
 # its `take` answers with the very rows that `Blocks.take` gathers, so that no result changes by a bit.
 
 
+def nth_of_its_kind(x: torch.Tensor) -> torch.Tensor:
+    """How many equal numbers stand before each of sorted ones: (n,)."""
+    return torch.arange(len(x), device=x.device) - torch.searchsorted(x, x)
+
+
 class Bank:
     """The pages of some heads that are on the device: slots, page table, and counts of what happened.
 
@@ -755,7 +760,7 @@ class Bank:
             # as many slots of a head as it has new pages go out, least recently used first (the pages of this
             # call stand last), and take these in the order of their numbers
             h = new // self.pages
-            nth = torch.arange(len(h), device=h.device) - torch.searchsorted(h, h)
+            nth = nth_of_its_kind(h)
             age = self.used * self.slots + torch.arange(self.slots, device=h.device)
             oldest = age.topk(int(nth.max()) + 1, largest=False).indices  # (heads, most new pages of one)
             s = (h * self.slots + oldest[h, nth]).sort().values
@@ -778,9 +783,8 @@ class Bank:
             self.counts[0] += self.found
         elif int(head.bincount().max()) * page.shape[1] > self.slots:  # else slots suffice in any case
             each, back = wanted.unique(return_inverse=True)
-            h = each // self.pages
             # the n-th page of a head comes in go n // slots
-            go = (torch.arange(len(h), device=h.device) - torch.searchsorted(h, h))[back] // self.slots
+            go = nth_of_its_kind(each // self.pages)[back] // self.slots
             goes = int(go.max()) + 1
         if goes == 1:
             slot = self.latest[1] if same else self.find(wanted)
