@@ -45,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # gathered keys of one piece of work, in bytes: few enough to stay in a CPU's cache between gather and
 # product, enough to keep its matrix units busy
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 4 << 20
 NO_BLOCK = 2**31 - 1  # sorts behind every block; leaves this file as -1
 
 
@@ -334,7 +334,7 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
     C, scores = blocks.shape[1], []
     in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device) - zero
     key_bytes = 4 * C * len(in_block) * q[0].shape[2]
-    for g in pieces(len(blocks), 2 * PIECE_BYTES // key_bytes, blocks.device):  # few rows each: fewer calls
+    for g in pieces(len(blocks), PIECE_BYTES // key_bytes, blocks.device):
         b_k = None if turned else k.take(head[g], blocks[g])[0]
 
         def keys(c, head=head[g], blocks=blocks[g], b_k=b_k):
@@ -348,7 +348,7 @@ def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Pag
         s = products(b_q, own[g], keys, tokens, cfg, rope, turned and near, keys_first=True)
         each = [x.unflatten(1, (-1, len(in_block))).flatten(2).amax(-1) for x in s]  # along memory
         scores.append(joined(each, 1))
-    return finite(torch.cat(scores))
+    return finite(joined(scores, 0))
 
 
 def finite(scores: torch.Tensor) -> torch.Tensor:
@@ -356,14 +356,13 @@ def finite(scores: torch.Tensor) -> torch.Tensor:
     return scores.clamp_(min=torch.finfo(torch.float32).min)
 
 
-def best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the `count` highest of (..., C) scores stand, ascending; among equals the first wins."""
-    # whole numbers in the order of the scores and then of the places: `topk` of these takes a third of the
+def best(scores: torch.Tensor, block: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the `count` highest of (..., C) scores stand, in any order; among equals the lower block wins."""
+    # whole numbers in the order of the scores and then of the blocks: `topk` of these takes a third of the
     # time of a stable sort
     bits = (scores + 0.0).view(torch.int32)  # no -0.0
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    order -= torch.arange(scores.shape[-1], device=scores.device)
-    return order.topk(count, sorted=False).indices.sort(dim=-1).values
+    return order.sub_(block).topk(count, sorted=False).indices
 
 
 # --- the search --------------------------------------------------------------------------------------------
@@ -372,30 +371,30 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 def search(score: Callable, lo: int, n: torch.Tensor, cfg: HiPConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Paper Alg. 1: the blocks of [lo, lo + n) that survive the tree search, and their scores.
 
-    score: (G, C) blocks -> (G, C) float32; n: (G,).  Returns (G, N) blocks, ascending, NO_BLOCK where a node
-    is empty, and (G, N) float32.  Differs from the paper: bounds are rounded down; there are beam * M nodes.
+    score: (G, C) blocks -> (G, C) float32; n: (G,).  Returns (G, N) blocks, NO_BLOCK where a node is empty,
+    and (G, N) float32.  Differs from the paper: bounds are rounded down; there are beam * M nodes.
     """
     N, last, scores = cfg.beam * cfg.budget, max(0, int(n.max()) - 1), None
-    j = torch.arange(N + 1, device=n.device)
-    bounds = lo + n[:, None] * j // N  # (G, N + 1)
-    f, l = bounds[:, :-1], bounds[:, 1:]  # Alg. 1, l. 1: node j is the blocks [f, l)
+    bounds = lo + n[:, None] * torch.arange(N + 1, device=n.device) // N
+    nodes = torch.stack([bounds[:, :-1], bounds[:, 1:]], -1)  # (G, N, 2): Alg. 1, l. 1, node j is [f, l)
     widest = -(-int(n.max()) // N)
     # one round at least, for the scores; a round too many splits [f, f+1) into nothing and itself: no change
     rounds = max(1, math.ceil(math.log2(max(1, widest))))
     for r in range(rounds):
+        f, l = nodes.unbind(-1)
         mid = (f + l) >> 1  # a division of whole numbers takes ten times as long
-        f = torch.stack([f, mid], -1)  # Alg. 1, l. 5-8: two branches of each node, (G, N, 2)
-        l = torch.stack([mid, l], -1)
+        branches = torch.stack([f, mid, mid, l], -1).view(-1, 2 * N, 2)  # Alg. 1, l. 5-8: two of each node
+        f, l = branches.unbind(-1)
         speaker = {"center": (f + l) >> 1, "first": f, "last": l - 1}[cfg.representative].clamp(lo, lo + last)
         if scores is not None and r == rounds - 1 and cfg.representative == "center":
             # of two blocks the right one spoke for the node, so its score is known: saves 1/8 of the search
-            new = torch.stack([score(speaker[:, :, 0]), scores], -1)
+            scores = torch.stack([score(speaker[:, ::2]), scores], -1).flatten(1)
         else:
-            new = score(speaker.flatten(1)).view_as(f)
-        scores = new.masked_fill(f == l, -math.inf).flatten(1)  # Alg. 1, l. 9-10: one block speaks for all
-        # Alg. 1, l. 11; branches stand in order of position, so that ties go to the lower one
-        keep = best(scores, N)
-        f, l, scores = (x.flatten(1).gather(1, keep) for x in (f, l, scores))
+            scores = score(speaker)
+        scores = scores.masked_fill(f == l, -math.inf)  # Alg. 1, l. 9-10: one block speaks for all
+        keep = best(scores, f, N)  # Alg. 1, l. 11
+        nodes, scores = branches.gather(1, keep[..., None].expand(-1, -1, 2)), scores.gather(1, keep)
+    f, l = nodes.unbind(-1)
     return torch.where(f < l, f, NO_BLOCK), scores
 
 
@@ -405,7 +404,7 @@ def merge(blocks: torch.Tensor, scores: torch.Tensor, M: int) -> torch.Tensor:
     again = F.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
     blocks = torch.where(again, NO_BLOCK, blocks)
     scores = scores.gather(1, order).masked_fill(blocks == NO_BLOCK, -math.inf)
-    return blocks.gather(1, best(scores, M)).sort(dim=-1).values
+    return blocks.gather(1, best(scores, blocks, M)).sort(dim=-1).values
 
 
 def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
@@ -506,10 +505,10 @@ def random_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
 def best_of_domain(scores: torch.Tensor, Tq: int, Tk: int, cfg: HiPConfig) -> Selection:
     """The M best blocks of every domain, from a score for each block: (B, H, NQ, blocks)."""
     lo, hi = domain(Tq, Tk, cfg, scores.device)
+    scores = F.pad(scores, (0, cfg.budget))  # a domain may have fewer than M
     block = torch.arange(scores.shape[3], device=scores.device)
     outside = (block < lo) | (block >= hi[:, None])  # (NQ, blocks)
-    scores = F.pad(scores.masked_fill(outside, -math.inf), (0, cfg.budget), value=-math.inf)
-    keep = best(scores, cfg.budget)
+    keep = best(scores.masked_fill_(outside, -math.inf), block, cfg.budget)
     keep = torch.where((keep >= lo) & (keep < hi[:, None]), keep, NO_BLOCK).sort(-1).values.int()
     return Selection(keep.masked_fill_(keep == NO_BLOCK, -1), hi * cfg.block_k)
 

@@ -343,12 +343,16 @@ def test_a_spike_that_speaks_for_its_branch_in_every_round_is_found(n, target):
     assert select_blocks(q, k, cfg).blocks.item() == target
 
 
-@given(st.lists(st.sampled_from([-math.inf, -2.5, -0.0, 0.0, 3e38]), min_size=1), st.integers(1, 20))
-@example([-0.0, 0.0], 1)
-def test_of_equal_scores_the_first_wins(scores, count):
-    count = min(count, len(scores))
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    assert hip.best(torch.tensor([scores]), count).tolist() == [sorted(order[:count])]
+@given(st.lists(st.tuples(st.sampled_from([-math.inf, -2.5, -0.0, 0.0, 3e38]), st.integers(0, hip.NO_BLOCK)),
+                min_size=1, unique_by=lambda x: x[1]), st.integers(1, 20))
+@example([(-0.0, 1), (0.0, 2)], 1)
+@example([(0.0, hip.NO_BLOCK), (0.0, 2)], 1)
+def test_of_equal_scores_the_lower_block_wins(candidates, count):
+    count = min(count, len(candidates))
+    scores, blocks = zip(*candidates, strict=True)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], blocks[i]))
+    found = hip.best(torch.tensor([scores]), torch.tensor(blocks), count)
+    assert sorted(found[0].tolist()) == sorted(order[:count])
 
 
 def test_on_local_scores_the_search_beats_random_pruning_and_never_the_oracle():
