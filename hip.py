@@ -37,6 +37,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # product, enough to keep its matrix units busy
 PIECE_BYTES = 4 << 20
 NO_BLOCK = 2**31 - 1  # sorts behind every block; leaves this file as -1
+LOWEST = torch.finfo(torch.float32).min  # of a real block, whatever overflowed: above an empty branch's -inf
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class HiPConfig:
     sink: int = 16  # first tokens, always attended to
     window: int = 256  # latest positions that a query always sees, itself included
     representative: str = "center"  # block that stands for a stretch: "center", "first" or "last"
-    rope_clip: int | None = None  # the farthest that positions tell apart; None: any distance (`products`)
+    rope_clip: int | None = None  # the farthest that positions tell apart; None: any distance (`Clipped`)
     # read by the model, not by the functions of this file
     dense_layers: int = 0
     refresh_interval: int = 8  # decoding steps
@@ -100,6 +102,10 @@ class HiPConfig:
     def budget(self) -> int:  # M
         return self.top_k // self.block_k
 
+    @property
+    def sink_blocks(self) -> int:  # lo, where every domain begins
+        return -(-self.sink // self.block_k)
+
 
 class Selection(NamedTuple):
     """What each query block attends to besides the sink; with q, k, v and a config it fixes the output."""
@@ -111,7 +117,7 @@ class Selection(NamedTuple):
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin of each position's D / 2 angles: (rows, D / 2) float32
 
 
-# --- positions and pieces ----------------------------------------------------------------------------------
+# --- positions ---------------------------------------------------------------------------------------------
 
 
 def domain(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device | str = "cpu") -> tuple[int, torch.Tensor]:
@@ -120,8 +126,8 @@ def domain(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device | str = "cpu")
     Returns lo, the same for all, and hi, (NQ,) int64.  A domain ends before the window of the block's *first*
     query begins, so it lies in the past of every query of the block and needs no causal mask.
     """
-    lo = -(-cfg.sink // cfg.block_k)
     start = torch.arange(Tk - Tq, Tk, cfg.block_q, device=device)  # (NQ,) position of a block's first query
+    lo = cfg.sink_blocks
     return lo, ((start - cfg.window + 1) // cfg.block_k).clamp(min=lo)
 
 
@@ -144,11 +150,398 @@ def row_positions(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device) -> tor
     return own.where(own < Tk, first)
 
 
+# --- the search --------------------------------------------------------------------------------------------
+
+
+def best(scores: torch.Tensor, count: int, block: torch.Tensor | None = None) -> torch.Tensor:
+    """Where the `count` highest of (..., C) scores stand, in any order; among equals the lower block wins.
+
+    block: (..., C), None: 0, 1, 2 ...
+    """
+    if block is None:
+        block = torch.arange(scores.shape[-1], device=scores.device)
+    # whole numbers in the order of the scores and then of the blocks: `topk` of these takes a third of the
+    # time of a stable sort
+    bits = (scores + 0.0).view(torch.int32)  # no -0.0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    return order.sub_(block).topk(count, sorted=False).indices
+
+
+def search(score: Callable, lo: int, n: torch.Tensor, cfg: HiPConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Paper Alg. 1: the blocks of [lo, lo + n) that survive the tree search, and their scores.
+
+    score: (G, C) blocks -> (G, C) float32; n: (G,).  Returns (G, N) blocks, NO_BLOCK where a node is empty,
+    and (G, N) float32.  Differs from the paper: bounds are rounded down; there are beam * M nodes.
+    """
+    N, most, scores = cfg.beam * cfg.budget, int(n.max()), None
+    bounds = lo + n[:, None] * torch.arange(N + 1, device=n.device) // N
+    nodes = torch.stack([bounds[:, :-1], bounds[:, 1:]], -1)  # (G, N, 2): Alg. 1, l. 1, node j is [f, l)
+    # ceil(log2(widest node)) rounds, one at least, for the scores; a round too many splits [f, f+1) into
+    # nothing and itself: no change
+    rounds = max(1, (-(-most // N) - 1).bit_length())
+    for r in range(rounds):
+        f, l = nodes.unbind(-1)
+        mid = (f + l) >> 1  # a division of whole numbers takes ten times as long
+        branches = torch.stack([f, mid, mid, l], -1).view(-1, 2 * N, 2)  # Alg. 1, l. 5-8: two of each node
+        f, l = branches.unbind(-1)
+        speaker = {"center": (f + l) >> 1, "first": f, "last": l - 1}[cfg.representative]
+        speaker = speaker.clamp(lo, lo + max(0, most - 1))  # an empty branch may point outside
+        if scores is not None and r == rounds - 1 and cfg.representative == "center":
+            # the nodes have two blocks at most, of which the right one spoke: its score is known
+            scores = torch.stack([score(speaker[:, ::2]), scores], -1).flatten(1)
+        else:
+            scores = score(speaker)
+        scores = scores.masked_fill(f == l, -math.inf)  # Alg. 1, l. 9-10: one block speaks for all
+        keep = best(scores, N, f)  # Alg. 1, l. 11
+        nodes, scores = branches.gather(1, keep[..., None].expand(-1, -1, 2)), scores.gather(1, keep)
+    f, l = nodes.unbind(-1)
+    return torch.where(f < l, f, NO_BLOCK), scores
+
+
+def merge(blocks: torch.Tensor, scores: torch.Tensor, M: int) -> torch.Tensor:
+    """The M best of the candidates (G, C), each block once: (G, M), ascending, then -1."""
+    blocks, order = blocks.sort(dim=-1, stable=True)
+    again = F.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
+    blocks = torch.where(again, NO_BLOCK, blocks)
+    scores = scores.gather(1, order).masked_fill(blocks == NO_BLOCK, -math.inf)
+    blocks = blocks.gather(1, best(scores, M, blocks)).sort(dim=-1).values
+    return blocks.masked_fill_(blocks == NO_BLOCK, -1)
+
+
+def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
+                  rope: Rope | None = None) -> Selection:
+    """Choose up to M key blocks for every query block, by tree search.  (Paper section 3, Alg. 1)
+
+    q: (B, H, Tq, D), k: (B, Hkv, Tk, D); float32, float16 or bfloat16; scores are taken in float32.
+    previous: an earlier selection with the same B, H and NQ; its blocks stay candidates.
+    rope: with cfg.rope_clip, cos and sin of positions 0, 1, ...: (rows, D / 2) float32 each, at least
+    min(Tk, rope_clip + Tq) rows; q and k are then not rotated yet.
+
+    Returns a Selection.  Raises ValueError when shapes, dtypes or devices do not fit together.
+    The selection of a block sees all of the block's queries, later ones too, but no later key or value.
+
+    Differs from the paper: `beam` and `previous` add candidates; all are scored by themselves and the best M
+    stay.  So a wide search costs search alone, and a block once found yields to better ones only.
+    """
+    check_inputs(q, k)
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    check_rope(rope, q, Tk, cfg)
+    lo, hi = domain(Tq, Tk, cfg, q.device)
+    NQ, M = len(hi), cfg.budget
+    if previous is not None:
+        check_selection(previous, B, H, NQ, "previous")
+    out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
+    if int(hi.max()) == lo:  # sink and window cover everything
+        return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
+    clip = None if rope is None else Clipped(Tq, Tk, cfg, rope)
+    rows, own = search_rows(q, Tk, cfg, clip)
+    own = own.repeat(B * H, 1)  # (G, R)
+    keys = key_blocks(H, cfg.block_k, cfg.stride_k, k, thin=NQ > 1)
+    turned = turned_blocks(H, cfg.stride_k, k, Tq, cfg, clip)
+    each = torch.arange(len(out), device=q.device)
+    heads, index = each // NQ, each % NQ  # (G,) head and query block
+    for g in pieces(len(out), 64, q.device):
+        i, score = index[g], partial(block_scores, [x[g] for x in rows], own[g], keys, heads[g], cfg=cfg,
+                                     clip=clip, turned=turned)
+        blocks, scores = search(score, lo, hi[i] - lo, cfg)
+        if previous is not None and previous.blocks.shape[3]:
+            old = previous.blocks.flatten(0, 2)[g].long()
+            inside = (lo <= old) & (old < hi[i, None])
+            blocks = torch.cat([blocks, old.where(inside, NO_BLOCK)], 1)
+            scores = torch.cat([scores, score(old.where(inside, lo))], 1)
+        out[g] = merge(blocks, scores, M)
+    return Selection(out.view(B, H, NQ, M), hi * cfg.block_k)
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+def search_rows(q: torch.Tensor, Tk: int, cfg: HiPConfig,
+                clip: Clipped | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Rows that take part in the search, (G, R, D) for `products`, and their positions (NQ, R)."""
+    own = row_positions(q.shape[2], Tk, cfg, q.device)[:, :: cfg.stride_q]
+    rows = clip.rows(q, cfg.stride_q) if clip else [q[:, :, :: cfg.stride_q]]
+    return [query_blocks(x, cfg.block_q // cfg.stride_q) for x in rows], own
+
+
+def block_scores(q: list[torch.Tensor], own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
+                 blocks: torch.Tensor, cfg: HiPConfig, clip: Clipped | None,
+                 turned: Callable | None = None) -> torch.Tensor:
+    """Score of key blocks (G, C), the largest product of strided keys and `search_rows`: (G, C) float32.
+
+    own: positions (G, R) of the rows.  turned: see `turned_blocks`.
+    """
+    C, n, scores = blocks.shape[1], cfg.block_k // cfg.stride_k, []
+    in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device)
+    for g in pieces(len(blocks), PIECE_BYTES // (4 * C * n * q[0].shape[2]), blocks.device):
+        tokens = blocks[g][:, :, None] * cfg.block_k + in_block if clip else None  # (G, C, n)
+        b_k = [] if turned else k.take(head[g], blocks[g])
+        keys, near = both_ways(b_k, tokens, clip, turned, k, head[g], blocks[g])
+        s = products([x[g].float() for x in q], own[g], tokens, keys, near, clip, keys_first=True)
+        # (G, c * n, R): the n * R products of a block lie side by side in memory
+        scores.append(joined([x.unflatten(1, (-1, n)).flatten(2).amax(-1) for x in s], 1))
+    return joined(scores, 0).clamp_(min=LOWEST)
+
+
+def both_ways(b_k: list[torch.Tensor], tokens: torch.Tensor | None, clip: Clipped | None,
+              turned: Callable | None = None, k: Blocks | None = None, head: torch.Tensor | None = None,
+              blocks: torch.Tensor | None = None) -> tuple[Callable, Callable]:
+    """From a slice of C blocks to their keys (G, c, n, D), as they came and, with clip, rotated.
+
+    b_k: [all of them]; or [], and either kind is gathered when asked for, from k and by `turned`.
+    """
+    def keys(c: slice) -> torch.Tensor:
+        return b_k[0][:, c] if b_k else k.take(head, blocks[:, c])[0]
+
+    def near(c: slice) -> torch.Tensor:
+        if turned:
+            return turned(head, blocks[:, c])
+        return clip.keys(keys(c), tokens[:, c]) if clip else keys(c)
+
+    return keys, near
+
+
+def products(q: list[torch.Tensor], own: torch.Tensor, tokens: torch.Tensor | None, keys: Callable,
+             near: Callable, clip: Clipped | None, keys_first: bool = False) -> list[torch.Tensor]:
+    """q . k of rows (G, R, D) and keys of C blocks of n: (G, R, C * n) float32, or (G, C * n, R).
+
+    In runs of keys: `joined` puts them together.  keys, near: see `both_ways`.
+
+    clip: of positions own (G, R) and tokens (G or 1, C, n); q are then rows for near keys and rows for far
+    ones (`Clipped.rows`).  Without it, and where nothing is far, q is one.
+    """
+    def times(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        k = k.flatten(1, 2).float()
+        return torch.bmm(k, q.transpose(1, 2)) if keys_first else torch.bmm(q, k.transpose(1, 2))
+
+    if len(q) == 1:
+        return [times(q[0], near(slice(None)))]
+    (_, C, n), runs, dim = tokens.shape, [], 1 if keys_first else 2
+    is_near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - clip.clip).any(0)  # (C,) in some pair
+    is_far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - clip.clip).any(0)
+    # far pairs are in the first `end` blocks, near ones behind the first `start`; where these overlap, both
+    # are computed: little, where blocks stand in order
+    is_near, is_far = is_near.nonzero().flatten().tolist(), is_far.nonzero().flatten().tolist()
+    start, end = is_near[0] if is_near else C, is_far[-1] + 1 if is_far else 0
+    if end > 0:
+        runs.append(times(q[1], keys(slice(0, end))))
+    if start < C:
+        runs.append(times(q[0], near(slice(start, C))))
+    if start < end:
+        last, both, token = own - clip.clip, (end - start) * n, tokens[:, start:end].flatten(1)
+        clipped = token[:, :, None] <= last[:, None] if keys_first else token[:, None] <= last[:, :, None]
+        distant, mixed = runs[0].split((start * n, both), dim)
+        nearby, rest = runs[1].split((both, (C - end) * n), dim)
+        runs = [distant, mixed.where(clipped, nearby), rest]
+    return runs
+
+
+def joined(runs: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return torch.cat(runs, dim) if len(runs) > 1 else runs[0]
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
+                     *, scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
+    """Exact attention over sink, selected blocks and window.  (Paper section 3.2, block sparse attention)
+
+    q: (B, H, Tq, D); k, v: (B, Hkv, Tk, D); one dtype.  scale: factor on q . k, default D ** -0.5.
+    selection: from `select_blocks`, `oracle_blocks` or `random_blocks`, or an earlier one: the window then
+    reaches from its own window_start to the query, however long that has become.  rope: as `select_blocks`.
+
+    Returns (B, H, Tq, D) in q's dtype; scores and softmax are float32.  ValueError when inputs do not fit.
+    """
+    check_inputs(q, k, v)
+    (B, H, Tq, D), Tk, device = q.shape, k.shape[2], q.device
+    own = row_positions(Tq, Tk, cfg, device)
+    NQ, R = own.shape
+    check_selection(selection, B, H, NQ, "selection")
+    if (selection.window_start % cfg.block_k).any():
+        raise ValueError(f"selection must have windows that begin with a block of {cfg.block_k} tokens")
+    check_rope(rope, q, Tk, cfg)
+    scale, clip = D**-0.5 if scale is None else scale, None if rope is None else Clipped(Tq, Tk, cfg, rope)
+    rows = [query_blocks(x, cfg.block_q) for x in (clip.rows(q) if clip else [q])]
+    turned = turned_blocks(H, 1, k, Tq, cfg, clip)
+    far = key_blocks(H, cfg.block_k, 1, k) if turned else None  # then only far keys are wanted as they came
+    past = key_blocks(H, cfg.block_k, 1, *((v,) if turned else (k, v)))
+    lo, M = min(cfg.sink_blocks, -(-Tk // cfg.block_k)), selection.blocks.shape[3]
+    in_block, sink = torch.arange(cfg.block_k, device=device), torch.arange(lo, device=device)
+    first = selection.window_start // cfg.block_k
+    window = torch.arange(max(0, int((own.amax(1) // cfg.block_k + 1 - first).max())), device=device)
+
+    out = torch.empty(B * H * NQ, R, D, dtype=q.dtype, device=device)
+    each = torch.arange(len(out), device=device)
+    heads, index = each // NQ, each % NQ  # (G,) head and query block
+    for g in pieces(len(out), PIECE_BYTES // (4 * D * cfg.block_k * (lo + M + len(window))), device):
+        head, i = heads[g], index[g]
+        chosen = selection.blocks.flatten(0, 2)[g].long()  # (G, M)
+        blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
+        tokens = blocks[..., None] * cfg.block_k + in_block  # (G, C, block_k) positions looked at
+        *b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
+        b_q, at = [x[g].float() * scale for x in rows], own[i]
+        keys, near = both_ways(b_k, tokens, clip, turned, far, head, blocks)
+        s = joined(products(b_q, at, tokens, keys, near, clip), 2)  # (G, R, C * block_k)
+        # causal mask: all that the first row sees is in the past of the others, so only behind it, unless a
+        # short text's sink reaches into the window
+        seen = int((at[:, 0] - selection.window_start[i]).min())
+        behind = (lo + M) * cfg.block_k + seen + 1 if seen >= 0 else 0
+        later = tokens.flatten(1)[:, None, behind:] > at[:, :, None]
+        s[:, :, behind:].masked_fill_(later, -math.inf)
+        if (chosen < 0).any():
+            padding = (chosen < 0).repeat_interleave(cfg.block_k, 1)
+            s[:, :, lo * cfg.block_k : (lo + M) * cfg.block_k].masked_fill_(padding[:, None], -math.inf)
+        out[g] = s.softmax(-1).to(v.dtype) @ b_v.flatten(1, 2)
+    return out.view(B, H, NQ * R, D)[:, :, :Tq]
+
+
+def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
+                  selection: Selection | None = None, *, scale: float | None = None,
+                  rope: Rope | None = None) -> tuple[torch.Tensor, Selection]:
+    """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
+    selection = select_blocks(q, k, cfg, rope=rope) if selection is None else selection
+    return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+                    scale: float | None = None) -> torch.Tensor:
+    """Causal attention over everything, the oracle: torch's own.  Shapes as `sparse_attention`."""
+    check_inputs(q, k, v)
+    (_, H, Tq, _), (Hkv, Tk), mask = q.shape, k.shape[1:3], None
+    if Tq == 1:
+        # heads that share keys as rows of one product, many times faster on a CPU; and not by cuDNN, which
+        # plans anew for each length: decoding would be four times slower
+        rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
+    if Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
+        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu_(Tk - Tq + 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=Tq == Tk, scale=scale, enable_gqa=H != Hkv)
+
+
+def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | Paged, cfg: HiPConfig, *,
+                    scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
+    """Causal attention over everything, a run of keys at a time, so that not all need be near at once.
+
+    Equals `dense_attention` but for rounding, and can clip positions; for a prompt's tail and dense layers.
+    Arguments as `sparse_attention`.
+    """
+    check_inputs(q, k, v)
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    check_rope(rope, q, Tk, cfg)
+    scale, clip = D**-0.5 if scale is None else scale, None if rope is None else Clipped(Tq, Tk, cfg, rope)
+    rows = [x.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float() * scale  # (B * Hkv, rows, D)
+            for x in (clip.rows(q) if clip else [q])]
+    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(B * Hkv, -1)  # (B * Hkv, rows)
+    o, total, top = torch.zeros_like(rows[0]), 0.0, torch.full_like(rows[0][..., :1], -math.inf)
+    for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
+        tokens = torch.arange(piece.start, piece.stop, device=q.device)
+        b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
+        at_k = tokens[None, :, None]
+        s = joined(products(rows, own, at_k, *both_ways([b_k[:, :, None]], at_k, clip), clip), 2)
+        if piece.stop > Tk - Tq:
+            s.masked_fill_(tokens > own[..., None], -math.inf)
+        highest = torch.maximum(top, s.amax(-1, keepdim=True))
+        p, shrink, top = (s - highest).exp_(), (top - highest).exp(), highest
+        o = o * shrink + p @ b_v
+        total = total * shrink + p.sum(-1, keepdim=True)
+    return (o / total).to(v.dtype).view(B, H, Tq, D)
+
+
+def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched: bool = True) -> int:
+    """Products q . k of one head in this call, to be set against dense attention's Tq * Tk, or half of it.
+
+    searched: count the search as well as the attention.  An upper bound: masked entries of sink and window
+    are counted too, and scores of a last round that are known; of `previous` nothing.
+    """
+    lo, hi = domain(Tq, Tk, cfg)
+    rows = min(cfg.block_q, Tq)
+    last = torch.arange(len(hi)) * cfg.block_q + rows + Tk - Tq
+    keys = (last - selection.window_start.cpu()) + lo * cfg.block_k + selection.blocks.shape[3] * cfg.block_k
+    total = int(torch.minimum(keys, last).sum()) * rows
+    if searched:
+        N = cfg.beam * cfg.budget
+        rounds = ((hi - lo) / N).clamp(min=1).log2().ceil().clamp(min=1) * (hi > lo)
+        total += int(rounds.sum()) * 2 * N * (cfg.block_k // cfg.stride_k) * -(-rows // cfg.stride_q)
+    return total
+
+
+# --- selections to compare with ----------------------------------------------------------------------------
+
+
+def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
+                  rope: Rope | None = None) -> Selection:
+    """The exact best M blocks by the search's own block score: what `select_blocks` aims at, in O(T^2).
+
+    Arguments, result and errors as `select_blocks`.
+    """
+    check_inputs(q, k)
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    check_rope(rope, q, Tk, cfg)
+    clip = None if rope is None else Clipped(Tq, Tk, cfg, rope)
+    blocks = min(int(domain(Tq, Tk, cfg)[1].max()), Tk // cfg.block_k)  # later ones are nobody's domain
+    rows, own = search_rows(q, Tk, cfg, clip)
+    NQ, R = own.shape
+    own = own.flatten().expand(B * H, -1)  # (B * H, NQ * R)
+    rows = [x.unflatten(0, (B * H, NQ)).flatten(1, 2).float() for x in rows]
+    scores = torch.empty(B * H, NQ, blocks, device=q.device)
+    for c in pieces(blocks, 256, q.device):
+        tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
+        keys = k.narrow(2, c.start * cfg.block_k, len(tokens)).unflatten(2, (-1, cfg.block_k))
+        keys = keys[..., :: cfg.stride_k, :].float().repeat_interleave(H // k.shape[1], 1).flatten(0, 1)
+        tokens = tokens.view(1, -1, cfg.block_k)[..., :: cfg.stride_k]
+        near = clip.keys(keys, tokens) if clip and c.stop * cfg.block_k > clip.zero else keys
+        step = max(1, 16 // R)  # query blocks at once: single rows would be little work
+        for i in range(0, NQ, step):
+            part = slice(i * R, (i + step) * R)
+            s = products([x[:, part] for x in rows], own[:, part], tokens, lambda x, keys=keys: keys[:, x],
+                         lambda x, near=near: near[:, x], clip, keys_first=True)
+            s = joined(s, 1)
+            s = s.view(B * H, c.stop - c.start, -1, s.shape[2] // R, R).amax((2, 4))
+            scores[:, i : i + step, c] = s.transpose(1, 2)
+    return best_of_domain(scores.clamp_(min=LOWEST).view(B, H, NQ, blocks), Tq, Tk, cfg)
+
+
+def random_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
+                  generator: torch.Generator | None = None) -> Selection:
+    """M blocks of each domain at random, the paper's baseline for what pruning by score is worth.
+
+    Arguments, result and errors as `select_blocks`; `generator` makes it repeatable.
+    """
+    check_inputs(q, k)
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    _, hi = domain(Tq, Tk, cfg, q.device)
+    blocks = min(int(hi.max()), Tk // cfg.block_k)
+    scores = torch.rand(B, H, len(hi), blocks, generator=generator, device=q.device)
+    return best_of_domain(scores, Tq, Tk, cfg)
+
+
+def best_of_domain(scores: torch.Tensor, Tq: int, Tk: int, cfg: HiPConfig) -> Selection:
+    """The M best blocks of every domain, from a score for each block: (B, H, NQ, blocks)."""
+    lo, hi = domain(Tq, Tk, cfg, scores.device)
+    scores = F.pad(scores, (0, cfg.budget))  # a domain may have fewer than M
+    block = torch.arange(scores.shape[3], device=scores.device)
+    outside = (block < lo) | (block >= hi[:, None])  # (NQ, blocks)
+    keep = best(scores.masked_fill_(outside, -math.inf), cfg.budget)
+    keep = torch.where((keep >= lo) & (keep < hi[:, None]), keep, NO_BLOCK).sort(-1).values.int()
+    return Selection(keep.masked_fill_(keep == NO_BLOCK, -1), hi * cfg.block_k)
+
+
+# --- gathering ---------------------------------------------------------------------------------------------
+
+
+def pieces(total: int, size: int, device: torch.device) -> Iterator[slice]:
+    """0 .. total - 1 in runs of `size`, and of more on a GPU."""
+    size = max(1, size if device.type == "cpu" else 64 * size)
+    return (slice(start, min(total, start + size)) for start in range(0, total, size))
+
+
 class Blocks:
     """Key blocks of (B, Hkv, T, D) tensors, as rows of one matrix that `index_select` gathers fast.
 
-    A view: a cache of which only a part is filled is not copied.  `OffloadedKVCache` has another class with
-    this `take`; whoever gathers by it need not know where the keys are.
+    A view: a cache of which only a part is filled is not copied.  `Paged`, which stands for the keys of an
+    `OffloadedKVCache`, has this `take` too: whoever gathers by it need not know where the keys are.
     """
 
     def __init__(self, query_heads: int, block_k: int, stride: int, *tensors: torch.Tensor):
@@ -201,26 +594,14 @@ def key_blocks(query_heads: int, block_k: int, stride: int, *tensors: torch.Tens
 
     thin: much is gathered, so every stride-th key is copied first, as float32.
     """
-    if isinstance(tensors[0], Paged):
+    if isinstance(tensors[0], Paged):  # keys and values both, whichever this stands for
         return tensors[0]
     if thin:
         tensors, block_k, stride = [x[:, :, ::stride].float() for x in tensors], block_k // stride, 1
     return Blocks(query_heads, block_k, stride, *tensors)
 
 
-def pieces(total: int, size: int, device: torch.device) -> Iterator[slice]:
-    """0 .. total - 1 in runs of `size`, and of more on a GPU."""
-    size = max(1, size if device.type == "cpu" else 64 * size)
-    return (slice(start, min(total, start + size)) for start in range(0, total, size))
-
-
-def number(heads: int, NQ: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head and query block of each of the G = heads * NQ query blocks: two (G,) tensors."""
-    g = torch.arange(heads * NQ, device=device)
-    return g // NQ, g % NQ
-
-
-# --- scores ------------------------------------------------------------------------------------------------
+# --- clipped positions -------------------------------------------------------------------------------------
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -232,418 +613,50 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return o
 
 
-def near_from(Tq: int, Tk: int, cfg: HiPConfig) -> int:
-    """Position that clipped ones are counted from: every key before it is far from every query."""
-    return 0 if cfg.rope_clip is None else max(0, Tk - Tq - cfg.rope_clip)
+class Clipped:
+    """Rotary positions of a call whose distances end at cfg.rope_clip: min(own - token, clip).
+
+    So no model meets a distance that it was not trained for (the rule of ReRoPE; not in the paper).  q and k
+    come un-rotated.  Of a near pair both are rotated by their positions; for all others the query alone is
+    turned, by clip.
+    """
+
+    def __init__(self, Tq: int, Tk: int, cfg: HiPConfig, rope: Rope):
+        self.clip, self.Tq, self.Tk, (self.cos, self.sin) = cfg.rope_clip, Tq, Tk, rope
+        # row 0 of the table stands for this position: what is before it is far from every query, so that a
+        # table of clip + Tq rows suffices, however long the text
+        self.zero = max(0, Tk - Tq - self.clip)
+
+    def rows(self, q: torch.Tensor, stride: int = 1) -> list[torch.Tensor]:
+        """Every stride-th of q (B, H, Tq, D), float32: for near keys, and for far ones if there are any."""
+        own, q = slice(self.Tk - self.Tq - self.zero, self.Tk - self.zero, stride), q[:, :, ::stride]
+        near = rotate(q, self.cos[own], self.sin[own])
+        far = [rotate(q, self.cos[self.clip], self.sin[self.clip])] if self.Tk > self.clip else []
+        return [near, *far]
+
+    def keys(self, k: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Keys (G, C, n, D) rotated by their positions (G or 1, C, n), float32."""
+        # only what is far from every query, or no key, lies outside of the table
+        at = (tokens - self.zero).clamp(0, len(self.cos) - 1)
+        turn = (x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in (self.cos, self.sin))
+        return rotate(k, *turn)
 
 
 def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: int, cfg: HiPConfig,
-                  rope: Rope | None) -> Callable | None:
+                  clip: Clipped | None) -> Callable | None:
     """Keys rotated before they are gathered, if many query blocks gather the same; None: as they come.
 
     Returns a function that gathers as `Blocks.take`, of blocks that are near some query.
     """
-    if rope is None or isinstance(k, Paged) or Tq <= cfg.block_q:
+    if clip is None or isinstance(k, Paged) or Tq <= cfg.block_q:
         return None
-    zero = near_from(Tq, k.shape[2], cfg)
-    lo, skip = divmod(zero, cfg.block_k)  # the first block of these, tokens of it that are far
-    near, far = k[:, :, zero - skip :: stride], -(-skip // stride)  # the first `far` of these are far
+    lo, skip = divmod(clip.zero, cfg.block_k)  # the first block of these, tokens of it that are far
+    near, far = k[:, :, clip.zero - skip :: stride], -(-skip // stride)  # the first `far` of these are far
     turned = torch.zeros(near.shape, device=k.device)
-    at = slice(far * stride - skip, k.shape[2] - zero, stride)
-    turned[:, :, far:] = rotate(near[:, :, far:], *(x[at] for x in rope))
+    at = slice(far * stride - skip, k.shape[2] - clip.zero, stride)
+    turned[:, :, far:] = rotate(near[:, :, far:], clip.cos[at], clip.sin[at])
     rows = Blocks(query_heads, cfg.block_k // stride, 1, turned)
     return lambda head, blocks: rows.take(head, (blocks - lo).clamp(min=0))[0]
-
-
-def turned_keys(k: torch.Tensor, tokens: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Keys (G, C, n, D) rotated by their positions (G or 1, C, n), float32."""
-    at = tokens.clamp(0, len(rope[0]) - 1)  # only what is far from every query, or no key, lies outside
-    return rotate(k, *(x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in rope))
-
-
-def turned_rows(q: torch.Tensor, Tk: int, cfg: HiPConfig, rope: Rope | None,
-                stride: int = 1) -> tuple[torch.Tensor, ...]:
-    """Every stride-th of the last queries (B, H, Tq, D) of Tk tokens, for `products`: (q,) as it came.
-
-    With rope, in float32: rotated by their positions, for near keys, and by rope_clip, for far ones; without
-    the second where nothing is far.
-    """
-    if rope is None:
-        return q[:, :, ::stride],
-    (cos, sin), clip, zero = rope, cfg.rope_clip, near_from(q.shape[2], Tk, cfg)
-    own, q = slice(Tk - q.shape[2] - zero, Tk - zero, stride), q[:, :, ::stride]
-    near = rotate(q, cos[own], sin[own])
-    return (near, rotate(q, cos[clip], sin[clip])) if Tk > clip else (near,)
-
-
-def products(q: tuple[torch.Tensor, ...], own: torch.Tensor, keys: Callable, tokens: torch.Tensor,
-             cfg: HiPConfig, rope: Rope | None, turned: Callable | None = None,
-             keys_first: bool = False) -> list[torch.Tensor]:
-    """q . k of `turned_rows` and the keys of C blocks of n: (G, R, C * n) float32, or (G, C * n, R).
-
-    In runs of keys: `joined` puts them together.
-
-    keys: a function from a slice of the C blocks to their keys (G, c, n, D); turned: the same of keys that
-    are rotated already, None to rotate them here.
-
-    rope: None if q and k came rotated.  Else they did not, and each pair is set at the distance min(own -
-    token, rope_clip), so that no model meets a distance that it was not trained for (the rule of ReRoPE; not
-    in the paper).  Nearer pairs are rotated by their positions, own (G, R) and tokens (G or 1, C, n), which
-    count from `near_from`; for all others the query alone is turned, by rope_clip.
-    """
-    def times(q, k):
-        k = k.flatten(1, 2).float()
-        return torch.bmm(k, q.transpose(1, 2)) if keys_first else torch.bmm(q, k.transpose(1, 2))
-
-    def near_keys(c):
-        return turned(c) if turned else turned_keys(keys(c), tokens[:, c], rope)
-
-    if len(q) == 1:
-        return [times(q[0], keys(slice(None)) if rope is None else near_keys(slice(None)))]
-    clip, (_, C, n), runs, dim = cfg.rope_clip, tokens.shape, [], 1 if keys_first else 2
-    near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - clip).any(0)  # (C,) in some pair
-    far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - clip).any(0)
-    # far pairs are in the first `end` blocks, near ones behind the first `start`; where these overlap, both
-    # are computed: little, where blocks stand in order
-    near, far = near.nonzero().flatten().tolist(), far.nonzero().flatten().tolist()
-    start, end = near[0] if near else C, far[-1] + 1 if far else 0
-    if end > 0:
-        runs.append(times(q[1], keys(slice(0, end))))
-    if start < C:
-        runs.append(times(q[0], near_keys(slice(start, C))))
-    if start < end:
-        last, both, token = own - clip, (end - start) * n, tokens[:, start:end].flatten(1)
-        clipped = token[:, :, None] <= last[:, None] if keys_first else token[:, None] <= last[:, :, None]
-        distant, mixed = runs[0].split((start * n, both), dim)
-        nearby, rest = runs[1].split((both, (C - end) * n), dim)
-        runs = [distant, mixed.where(clipped, nearby), rest]
-    return runs
-
-
-def joined(runs: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return torch.cat(runs, dim) if len(runs) > 1 else runs[0]
-
-
-def block_scores(q: tuple[torch.Tensor, ...], own: torch.Tensor, k: Blocks | Paged, head: torch.Tensor,
-                 blocks: torch.Tensor, cfg: HiPConfig, rope: Rope | None, zero: int = 0,
-                 turned: Callable | None = None) -> torch.Tensor:
-    """Score of key blocks (G, C), the largest product of strided keys and `turned_rows`: (G, C).
-
-    own: positions (G, R) of the rows, counted from position `zero` (`near_from`).  turned: `turned_blocks`.
-    """
-    C, scores = blocks.shape[1], []
-    in_block = torch.arange(0, cfg.block_k, cfg.stride_k, device=blocks.device) - zero
-    key_bytes = 4 * C * len(in_block) * q[0].shape[2]
-    for g in pieces(len(blocks), PIECE_BYTES // key_bytes, blocks.device):
-        b_k = None if turned else k.take(head[g], blocks[g])[0]
-
-        def keys(c, head=head[g], blocks=blocks[g], b_k=b_k):
-            return k.take(head, blocks[:, c])[0] if turned else b_k[:, c]
-
-        def near(c, head=head[g], blocks=blocks[g]):
-            return turned(head, blocks[:, c])
-
-        tokens = None if rope is None else blocks[g][:, :, None] * cfg.block_k + in_block  # (G, C, keys)
-        b_q = [x[g].float() for x in q]
-        s = products(b_q, own[g], keys, tokens, cfg, rope, turned and near, keys_first=True)
-        each = [x.unflatten(1, (-1, len(in_block))).flatten(2).amax(-1) for x in s]  # along memory
-        scores.append(joined(each, 1))
-    return finite(joined(scores, 0))
-
-
-def finite(scores: torch.Tensor) -> torch.Tensor:
-    """Keep the score of a real block above the -inf of an empty branch, whatever overflowed."""
-    return scores.clamp_(min=torch.finfo(torch.float32).min)
-
-
-def best(scores: torch.Tensor, block: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the `count` highest of (..., C) scores stand, in any order; among equals the lower block wins."""
-    # whole numbers in the order of the scores and then of the blocks: `topk` of these takes a third of the
-    # time of a stable sort
-    bits = (scores + 0.0).view(torch.int32)  # no -0.0
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    return order.sub_(block).topk(count, sorted=False).indices
-
-
-# --- the search --------------------------------------------------------------------------------------------
-
-
-def search(score: Callable, lo: int, n: torch.Tensor, cfg: HiPConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Paper Alg. 1: the blocks of [lo, lo + n) that survive the tree search, and their scores.
-
-    score: (G, C) blocks -> (G, C) float32; n: (G,).  Returns (G, N) blocks, NO_BLOCK where a node is empty,
-    and (G, N) float32.  Differs from the paper: bounds are rounded down; there are beam * M nodes.
-    """
-    N, last, scores = cfg.beam * cfg.budget, max(0, int(n.max()) - 1), None
-    bounds = lo + n[:, None] * torch.arange(N + 1, device=n.device) // N
-    nodes = torch.stack([bounds[:, :-1], bounds[:, 1:]], -1)  # (G, N, 2): Alg. 1, l. 1, node j is [f, l)
-    widest = -(-int(n.max()) // N)
-    # one round at least, for the scores; a round too many splits [f, f+1) into nothing and itself: no change
-    rounds = max(1, math.ceil(math.log2(max(1, widest))))
-    for r in range(rounds):
-        f, l = nodes.unbind(-1)
-        mid = (f + l) >> 1  # a division of whole numbers takes ten times as long
-        branches = torch.stack([f, mid, mid, l], -1).view(-1, 2 * N, 2)  # Alg. 1, l. 5-8: two of each node
-        f, l = branches.unbind(-1)
-        speaker = {"center": (f + l) >> 1, "first": f, "last": l - 1}[cfg.representative].clamp(lo, lo + last)
-        if scores is not None and r == rounds - 1 and cfg.representative == "center":
-            # of two blocks the right one spoke for the node, so its score is known: saves 1/8 of the search
-            scores = torch.stack([score(speaker[:, ::2]), scores], -1).flatten(1)
-        else:
-            scores = score(speaker)
-        scores = scores.masked_fill(f == l, -math.inf)  # Alg. 1, l. 9-10: one block speaks for all
-        keep = best(scores, f, N)  # Alg. 1, l. 11
-        nodes, scores = branches.gather(1, keep[..., None].expand(-1, -1, 2)), scores.gather(1, keep)
-    f, l = nodes.unbind(-1)
-    return torch.where(f < l, f, NO_BLOCK), scores
-
-
-def merge(blocks: torch.Tensor, scores: torch.Tensor, M: int) -> torch.Tensor:
-    """The M best of the candidates (G, C), each block once: (G, M), ascending, then NO_BLOCK."""
-    blocks, order = blocks.sort(dim=-1, stable=True)
-    again = F.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
-    blocks = torch.where(again, NO_BLOCK, blocks)
-    scores = scores.gather(1, order).masked_fill(blocks == NO_BLOCK, -math.inf)
-    return blocks.gather(1, best(scores, blocks, M)).sort(dim=-1).values
-
-
-def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Selection | None = None, *,
-                  rope: Rope | None = None) -> Selection:
-    """Choose up to M key blocks for every query block, by tree search.  (Paper section 3, Alg. 1)
-
-    q: (B, H, Tq, D), k: (B, Hkv, Tk, D); float32, float16 or bfloat16; scores are taken in float32.
-    previous: an earlier selection with the same B, H and NQ; its blocks stay candidates.
-    rope: with cfg.rope_clip, cos and sin of positions 0, 1, ...: (rows, D / 2) float32 each, as many rows as
-    keys, of which rope_clip + Tq suffice; q and k are then not rotated yet.
-
-    Returns a Selection.  Raises ValueError when shapes, dtypes or devices do not fit together.
-    The selection of a block sees all of the block's queries, later ones too, but no later key or value.
-
-    Differs from the paper: `beam` and `previous` add candidates; all are scored by themselves and the best M
-    stay.  So a wide search costs search alone, and a block once found yields to better ones only.
-    """
-    check_inputs(q, k)
-    (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    check_rope(rope, q, Tk, cfg)
-    lo, hi = domain(Tq, Tk, cfg, q.device)
-    NQ, M, zero = len(hi), cfg.budget, near_from(Tq, Tk, cfg)
-    if previous is not None:
-        check_selection(previous, B, H, NQ, "previous")
-    out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
-    if int(hi.max()) == lo:  # sink and window cover everything
-        return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
-    own = (row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero).repeat(B * H, 1)  # (G, R)
-    rows = [query_blocks(x, cfg.block_q // cfg.stride_q) for x in turned_rows(q, Tk, cfg, rope, cfg.stride_q)]
-    keys = key_blocks(H, cfg.block_k, cfg.stride_k, k, thin=NQ > 1)
-    turned = turned_blocks(H, cfg.stride_k, k, Tq, cfg, rope)
-    heads, index = number(B * H, NQ, q.device)
-    for g in pieces(len(out), 64, q.device):
-        head, i, b_q = heads[g], index[g], [x[g] for x in rows]
-
-        def score(blocks, b_q=b_q, head=head, own=own[g]):
-            return block_scores(b_q, own, keys, head, blocks, cfg, rope, zero, turned)
-
-        blocks, scores = search(score, lo, hi[i] - lo, cfg)
-        if previous is not None and previous.blocks.shape[3]:
-            old = previous.blocks.flatten(0, 2)[g].long()
-            inside = (lo <= old) & (old < hi[i, None])
-            blocks = torch.cat([blocks, old.where(inside, NO_BLOCK)], 1)
-            scores = torch.cat([scores, score(old.where(inside, lo))], 1)
-        out[g] = merge(blocks, scores, M).int()
-    return Selection(out.masked_fill_(out == NO_BLOCK, -1).view(B, H, NQ, M), hi * cfg.block_k)
-
-
-def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
-                  rope: Rope | None = None) -> Selection:
-    """The exact best M blocks by the search's own block score: what `select_blocks` aims at, in O(T^2).
-
-    Arguments, result and errors as `select_blocks`.
-    """
-    check_inputs(q, k)
-    (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    check_rope(rope, q, Tk, cfg)
-    _, hi = domain(Tq, Tk, cfg, q.device)
-    zero = near_from(Tq, Tk, cfg)
-    blocks = min(int(hi.max()), Tk // cfg.block_k)  # later ones are nobody's domain
-    own = row_positions(Tq, Tk, cfg, q.device)[:, :: cfg.stride_q] - zero  # (NQ, R)
-    NQ, R = own.shape
-    own = own.flatten().expand(B * H, -1)  # (B * H, NQ * R)
-    rows = [query_blocks(x, cfg.block_q // cfg.stride_q).unflatten(0, (B * H, NQ)).flatten(1, 2).float()
-            for x in turned_rows(q, Tk, cfg, rope, cfg.stride_q)]
-    scores = torch.empty(B * H, NQ, blocks, device=q.device)
-    for c in pieces(blocks, 256, q.device):
-        tokens = torch.arange(c.start * cfg.block_k, c.stop * cfg.block_k, device=q.device)
-        keys = k.narrow(2, c.start * cfg.block_k, len(tokens)).unflatten(2, (-1, cfg.block_k))
-        keys = keys[..., :: cfg.stride_k, :].float().repeat_interleave(H // k.shape[1], 1).flatten(0, 1)
-        tokens = tokens.view(1, -1, cfg.block_k)[..., :: cfg.stride_k] - zero
-        near = None if rope is None or tokens.amax() <= 0 else turned_keys(keys, tokens, rope)
-        step = max(1, 16 // R)  # query blocks at once: single rows would be little work
-        for i in range(0, NQ, step):
-            part = slice(i * R, (i + step) * R)
-            b_q, at = [x[:, part] for x in rows], own[:, part]
-            s = products(b_q, at, lambda x, keys=keys: keys[:, x], tokens, cfg, rope,
-                         None if near is None else lambda x, near=near: near[:, x], keys_first=True)
-            s = joined(s, 1)
-            s = s.view(B * H, c.stop - c.start, -1, s.shape[2] // R, R).amax((2, 4))
-            scores[:, i : i + step, c] = s.transpose(1, 2)
-    return best_of_domain(finite(scores).view(B, H, NQ, blocks), Tq, Tk, cfg)
-
-
-def random_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig,
-                  generator: torch.Generator | None = None) -> Selection:
-    """M blocks of each domain at random, the paper's baseline for what pruning by score is worth.
-
-    Arguments, result and errors as `select_blocks`; `generator` makes it repeatable.
-    """
-    check_inputs(q, k)
-    (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    _, hi = domain(Tq, Tk, cfg, q.device)
-    scores = torch.rand(B, H, len(hi), int(hi.max()), generator=generator, device=q.device)
-    return best_of_domain(scores, Tq, Tk, cfg)
-
-
-def best_of_domain(scores: torch.Tensor, Tq: int, Tk: int, cfg: HiPConfig) -> Selection:
-    """The M best blocks of every domain, from a score for each block: (B, H, NQ, blocks)."""
-    lo, hi = domain(Tq, Tk, cfg, scores.device)
-    scores = F.pad(scores, (0, cfg.budget))  # a domain may have fewer than M
-    block = torch.arange(scores.shape[3], device=scores.device)
-    outside = (block < lo) | (block >= hi[:, None])  # (NQ, blocks)
-    keep = best(scores.masked_fill_(outside, -math.inf), block, cfg.budget)
-    keep = torch.where((keep >= lo) & (keep < hi[:, None]), keep, NO_BLOCK).sort(-1).values.int()
-    return Selection(keep.masked_fill_(keep == NO_BLOCK, -1), hi * cfg.block_k)
-
-
-# --- attention ---------------------------------------------------------------------------------------------
-
-
-def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: Selection, cfg: HiPConfig,
-                     *, scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
-    """Exact attention over sink, selected blocks and window.  (Paper section 3.2, block sparse attention)
-
-    q: (B, H, Tq, D); k, v: (B, Hkv, Tk, D); one dtype.  scale: factor on q . k, default D ** -0.5.
-    selection: from `select_blocks`, `oracle_blocks` or `random_blocks`, or an earlier one: the window then
-    reaches from its own window_start to the query, however long that has become.  rope: as `select_blocks`.
-
-    Returns (B, H, Tq, D) in q's dtype; scores and softmax are float32.  ValueError when inputs do not fit.
-    """
-    check_inputs(q, k, v)
-    (B, H, Tq, D), Tk = q.shape, k.shape[2]
-    NQ, R = -(-Tq // cfg.block_q), min(cfg.block_q, Tq)
-    check_selection(selection, B, H, NQ, "selection")
-    if (selection.window_start % cfg.block_k).any():
-        raise ValueError(f"selection must have windows that begin with a block of {cfg.block_k} tokens")
-    check_rope(rope, q, Tk, cfg)
-    scale, device, zero = D**-0.5 if scale is None else scale, q.device, near_from(Tq, Tk, cfg)
-    rows = [query_blocks(x, cfg.block_q) for x in turned_rows(q, Tk, cfg, rope)]
-    turned = turned_blocks(H, 1, k, Tq, cfg, rope)
-    far = key_blocks(H, cfg.block_k, 1, k) if turned else None  # then only far keys are wanted as they came
-    past = key_blocks(H, cfg.block_k, 1, *((v,) if turned else (k, v)))
-    lo, M = -(-cfg.sink // cfg.block_k), selection.blocks.shape[3]
-    in_block = torch.arange(cfg.block_k, device=device)
-    own, first = row_positions(Tq, Tk, cfg, device), selection.window_start // cfg.block_k
-    longest = int((own.amax(1) // cfg.block_k + 1 - first).max())
-    window = torch.arange(max(0, longest), device=device)
-    sink = torch.arange(lo, device=device)
-
-    out = torch.empty(B * H * NQ, R, D, dtype=q.dtype, device=device)
-    heads, index = number(B * H, NQ, device)
-    for g in pieces(len(out), PIECE_BYTES // (4 * D * cfg.block_k * (lo + M + len(window))), device):
-        head, i = heads[g], index[g]
-        chosen = selection.blocks.flatten(0, 2)[g].long()  # (G, M)
-        blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
-        tokens = blocks[..., None] * cfg.block_k + in_block  # (G, C, block_k) positions looked at
-        *b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
-
-        def keys(c, head=head, blocks=blocks, b_k=b_k):
-            return far.take(head, blocks[:, c])[0] if turned else b_k[0][:, c]
-
-        def near(c, head=head, blocks=blocks):
-            return turned(head, blocks[:, c])
-
-        b_q, at = [x[g].float() * scale for x in rows], own[i]
-        s = joined(products(b_q, at - zero, keys, tokens - zero, cfg, rope, turned and near), 2)
-        # causal mask: only behind the first query, unless a short text's sink reaches into the window
-        seen = int((at[:, 0] - selection.window_start[i]).min())
-        masked = (lo + M) * cfg.block_k + seen + 1 if seen >= 0 else 0
-        later = tokens.flatten(1)[:, None, masked:] > at[:, :, None]
-        s[:, :, masked:].masked_fill_(later, -math.inf)
-        if (chosen < 0).any():
-            padding = (chosen < 0).repeat_interleave(cfg.block_k, 1)
-            s[:, :, lo * cfg.block_k : (lo + M) * cfg.block_k].masked_fill_(padding[:, None], -math.inf)
-        out[g] = s.softmax(-1).to(v.dtype) @ b_v.flatten(1, 2)
-    return out.view(B, H, NQ * R, D)[:, :, :Tq]
-
-
-def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | Paged, cfg: HiPConfig, *,
-                    scale: float | None = None, rope: Rope | None = None) -> torch.Tensor:
-    """Causal attention over everything, a run of keys at a time, so that not all need be near at once.
-
-    Equals `dense_attention` but for rounding, and can clip positions; for a prompt's tail and dense layers.
-    Arguments as `sparse_attention`.
-    """
-    check_inputs(q, k, v)
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    check_rope(rope, q, Tk, cfg)
-    zero = near_from(Tq, Tk, cfg)
-    scale = D**-0.5 if scale is None else scale
-    rows = [x.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float() * scale  # (B * Hkv, rows, D)
-            for x in turned_rows(q, Tk, cfg, rope)]
-    own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(B * Hkv, -1)  # (B * Hkv, rows)
-    at_q = own - zero
-    o, total, top = torch.zeros_like(rows[0]), 0.0, torch.full_like(rows[0][..., :1], -math.inf)
-    for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
-        tokens = torch.arange(piece.start, piece.stop, device=q.device)
-        b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
-        at_k = tokens[None, :, None] - zero
-        s = joined(products(rows, at_q, lambda c, b_k=b_k: b_k[:, c, None], at_k, cfg, rope), 2)
-        if piece.stop > Tk - Tq:
-            s.masked_fill_(tokens > own[..., None], -math.inf)
-        highest = torch.maximum(top, s.amax(-1, keepdim=True))
-        p, shrink, top = (s - highest).exp_(), (top - highest).exp(), highest
-        o = o * shrink + p @ b_v
-        total = total * shrink + p.sum(-1, keepdim=True)
-    return (o / total).to(v.dtype).view(B, H, Tq, D)
-
-
-def hip_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
-                  selection: Selection | None = None, *, scale: float | None = None,
-                  rope: Rope | None = None) -> tuple[torch.Tensor, Selection]:
-    """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
-    selection = select_blocks(q, k, cfg, rope=rope) if selection is None else selection
-    return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
-
-
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
-                    scale: float | None = None) -> torch.Tensor:
-    """Causal attention over everything, the oracle: torch's own.  Shapes as `sparse_attention`."""
-    check_inputs(q, k, v)
-    (_, H, Tq, _), (Hkv, Tk), mask = q.shape, k.shape[1:3], None
-    if Tq == 1:
-        # heads that share keys as rows of one product, many times faster on a CPU; and not by cuDNN, which
-        # plans anew for each length: decoding would be four times slower
-        rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
-    if Tq < Tk:  # torch would align the triangle to the start; ours ends where the keys end
-        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu_(Tk - Tq + 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=Tq == Tk, scale=scale, enable_gqa=H != Hkv)
-
-
-def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched: bool = True) -> int:
-    """Products q . k of one head in this call, to be set against dense attention's Tq * Tk, or half of it.
-
-    searched: count the search as well as the attention.  Masked entries of sink and window are counted too.
-    """
-    lo, hi = domain(Tq, Tk, cfg)
-    rows = min(cfg.block_q, Tq)
-    last = torch.arange(len(hi)) * cfg.block_q + rows + Tk - Tq
-    keys = (last - selection.window_start.cpu()) + lo * cfg.block_k + selection.blocks.shape[3] * cfg.block_k
-    total = int(torch.minimum(keys, last).sum()) * rows
-    if searched:
-        N = cfg.beam * cfg.budget
-        rounds = ((hi - lo) / N).clamp(min=1).log2().ceil().clamp(min=1) * (hi > lo)
-        total += int(rounds.sum()) * 2 * N * (cfg.block_k // cfg.stride_k) * -(-rows // cfg.stride_q)
-    return total
 
 
 # --- checks at the door ------------------------------------------------------------------------------------
@@ -753,6 +766,7 @@ class Bank:
     def find(self, wanted: torch.Tensor) -> torch.Tensor:
         """Slots (n,) of pages (n,), both numbered through heads; of a head no more pages than slots."""
         self.settle()
+        # what is nowhere, -1, reads and writes the last entry of a table, which nobody else does
         call, slot = self.used.max() + 1, self.slot_of[wanted]
         self.last_use[slot], new = call, wanted[slot < 0].unique()
         if len(new):
@@ -760,7 +774,7 @@ class Bank:
             # call stand last), and take these in the order of their numbers
             h = new // self.pages
             nth = nth_of_its_kind(h)
-            age = self.used * self.slots + torch.arange(self.slots, device=h.device)
+            age = self.used * self.slots + torch.arange(self.slots, device=h.device)  # of equals the lower
             oldest = age.topk(int(nth.max()) + 1, largest=False).indices  # (heads, most new pages of one)
             s = (h * self.slots + oldest[h, nth]).sort().values
             self.slot_of[self.page_of[s]] = -1
@@ -839,30 +853,6 @@ class Paged:
         return x.view(B, H, length, D)
 
 
-def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tuple:
-    """All that one query block looks at as plain tensors: (k, v, selection), for kernels that want these.
-
-    Sink, the blocks of every query head of the group, window: in this order, so that a kernel meets the same
-    tokens at the same places as in the whole cache.  selection: with NQ = 1.
-    """
-    (B, Hkv, Tk, D), lo, start = k.shape, -(-cfg.sink // cfg.block_k), int(selection.window_start)
-    chosen = selection.blocks.reshape(B * Hkv, -1).long()  # (heads, group * M)
-    if start == lo * cfg.block_k:  # none: then sink and window stay at their places
-        chosen = chosen[:, :0]
-    device, behind = chosen.device, lo + chosen.shape[1]
-    window = torch.arange(start, max(start, Tk), cfg.block_k, device=device) // cfg.block_k
-    blocks = [torch.arange(lo, device=device).expand(len(chosen), -1), chosen.clamp(min=0)]
-    blocks = torch.cat([*blocks, window.expand(len(chosen), -1)], 1)
-    parts = k.take(torch.arange(len(chosen), device=device) * k.group, blocks)
-    end = Tk + behind * cfg.block_k - start
-    k, v = (x.view(B, Hkv, -1, D)[:, :, :end] for x in parts)
-    place = selection.blocks
-    if chosen.shape[1]:
-        place = lo + torch.arange(chosen.shape[1], dtype=torch.int32, device=device).expand_as(chosen)
-        place = place.where(chosen >= 0, -1).view_as(selection.blocks)
-    return k, v, Selection(place, torch.full_like(selection.window_start, behind * cfg.block_k))
-
-
 class OffloadedKVCache:
     """Keys and values of all layers in a store, and on the device only what is in use.  (Paper section 4)
 
@@ -936,11 +926,12 @@ class OffloadedKVCache:
         T, block, new = k.shape[2], self.store.shape[4], torch.stack([k, v]).flatten(1, 2)  # (2, heads, T, D)
         stored = self.store.flatten(3, 4)[layer, :, :, start : start + T]
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            here = torch.cuda.current_stream(new.device)
+            self.stream.wait_stream(here)
             new.record_stream(self.stream)
             with torch.cuda.stream(self.stream):
                 stored.copy_(new, non_blocking=True)
-            torch.cuda.current_stream().wait_stream(self.stream)  # whoever reads the store does it after this
+            here.wait_stream(self.stream)  # whoever reads the store does it after this
         else:
             stored.copy_(new)
         if rest := -start % block:
@@ -948,7 +939,7 @@ class OffloadedKVCache:
 
     def search_keys(self, layer: int, tokens: int | None = None) -> Paged:
         """The layer's first `tokens` keys, None for all, for `select_blocks` and `oracle_blocks`."""
-        return self.paged(self.banks[layer][0], 0, tokens or self.length[layer])
+        return self.paged(self.banks[layer][0], 0, self.length[layer] if tokens is None else tokens)
 
     def keys(self, layer: int) -> Paged:
         """The layer's keys, for attention; always together with `values`."""

@@ -129,7 +129,7 @@ def sort_key(b_score, o_rest):
 
 @triton.jit
 def best(b_score, o_position, KEEP: tl.constexpr):
-    """Positions of the KEEP best scores, ascending; of equals the lower position stays.  Equals hip.best."""
+    """Positions of the KEEP best scores, ascending; of equals the lower position stays: hip.best."""
     b_key = tl.sort(sort_key(b_score, o_position ^ NO_BLOCK), descending=True)
     b_key = tl.gather(b_key, tl.arange(0, KEEP), 0)
     return tl.sort((b_key & NO_BLOCK).to(tl.int32) ^ NO_BLOCK)
@@ -515,6 +515,30 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     return torch.cat(parts, 2)
 
 
+def side_by_side(k: Paged, v: Paged, selection: Selection, cfg: HiPConfig) -> tuple:
+    """All that one query block looks at as plain tensors: (k, v, selection), for kernels that want these.
+
+    Sink, the blocks of every query head of the group, window: in this order, so that a kernel meets the same
+    tokens at the same places as in the whole cache.  selection: with NQ = 1.
+    """
+    (B, Hkv, Tk, D), lo, start = k.shape, cfg.sink_blocks, int(selection.window_start)
+    chosen = selection.blocks.reshape(B * Hkv, -1).long()  # (heads, group * M)
+    if start == lo * cfg.block_k:  # none: then sink and window stay at their places
+        chosen = chosen[:, :0]
+    device, behind = chosen.device, lo + chosen.shape[1]
+    window = torch.arange(start, max(start, Tk), cfg.block_k, device=device) // cfg.block_k
+    blocks = [torch.arange(lo, device=device).expand(len(chosen), -1), chosen.clamp(min=0)]
+    blocks = torch.cat([*blocks, window.expand(len(chosen), -1)], 1)
+    parts = k.take(torch.arange(len(chosen), device=device) * k.group, blocks)
+    end = Tk + behind * cfg.block_k - start
+    k, v = (x.view(B, Hkv, -1, D)[:, :, :end] for x in parts)
+    place = selection.blocks
+    if chosen.shape[1]:
+        place = lo + torch.arange(chosen.shape[1], dtype=torch.int32, device=device).expand_as(chosen)
+        place = place.where(chosen >= 0, -1).view_as(selection.blocks)
+    return k, v, Selection(place, torch.full_like(selection.window_start, behind * cfg.block_k))
+
+
 def from_bank(q: torch.Tensor, k: Paged, v: Paged, selection: Selection, start: int, cfg: HiPConfig,
               scale: float | None, rope: Rope | None, split: bool) -> torch.Tensor:
     """sparse_attention of one query block, whose window begins at `start`, from an offloaded cache."""
@@ -523,7 +547,7 @@ def from_bank(q: torch.Tensor, k: Paged, v: Paged, selection: Selection, start: 
         return launch(q, *near, k.shape[2], selection, cfg, scale, rope, split, place)
     if rope is not None:
         raise ValueError("rope must be None where kernels cannot use an offloaded cache")
-    k, v, selection = hip.side_by_side(k, v, selection, cfg)
+    k, v, selection = side_by_side(k, v, selection, cfg)
     return launch(q, k, v, k.shape[2], selection, cfg, scale, None, split)
 
 
@@ -674,7 +698,7 @@ def find(bank, i_x, again, b_page, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D:
 def look_up_kernel(p_blocks, p_place, bank, first, last, count, again, LO: tl.constexpr, CHOSEN: tl.constexpr,
                    PAGES: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr):
-    """Find all pages that a query block looks at, as hip.side_by_side does.
+    """Find all pages that a query block looks at, as `side_by_side` does.
 
     Grid (B * Hkv,); a program owns a key head: LO pages of the sink, CHOSEN blocks of all its query heads,
     then the window from page `first` on, `count` in all, none behind page `last`.  p_blocks: (B * Hkv,
@@ -697,7 +721,7 @@ def look_up(k: Paged, blocks: torch.Tensor, start: int, cfg: HiPConfig) -> tuple
     Returns slots (B * Hkv, PAGES) int32 and PAGES, or None if that is not `within_reach`.  A decoding step
     mostly looks at what the step before it did, known by the same tensor `blocks`, and finds it where it was.
     """
-    (B, Hkv, Tk, D), bank, lo = k.shape, k.bank, -(-cfg.sink // cfg.block_k)
+    (B, Hkv, Tk, D), bank, lo = k.shape, k.bank, cfg.sink_blocks
     first, last, chosen = start // bank.block, (Tk - 1) // bank.block, blocks[0].numel() // Hkv
     known, *sizes, place = bank.latest or (None,) * 5
     if known is blocks and sizes == [lo, first, last]:
@@ -804,7 +828,7 @@ def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtyp
     if slots and rows < 64:  # pages to sort and move
         sizes["num_warps"] = 8
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_Q=cfg.block_q, BLOCK_K=cfg.block_k,
-                STRIDE_Q=cfg.stride_q, STRIDE_K=cfg.stride_k, LO=-(-cfg.sink // cfg.block_k),
+                STRIDE_Q=cfg.stride_q, STRIDE_K=cfg.stride_k, LO=cfg.sink_blocks,
                 WINDOW=cfg.window, M=cfg.budget, N=cfg.beam * cfg.budget, PREVIOUS=previous,
                 REPRESENTATIVE=cfg.representative, ROWS=rows, SLOTS=slots and at_least_16(slots), **sizes)
 
@@ -812,7 +836,7 @@ def search_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtyp
 @functools.cache
 def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int) -> dict:
     """Constants and options of attention_kernel; M: blocks of the selection."""
-    sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
+    sink = cfg.sink_blocks * cfg.block_k
     most = 16 if D > 64 else 32
     if dtype != torch.float32 and (cfg.rope_clip is None or D <= 128):
         most = 64  # with which 4 warps multiply as one group: 6 times as fast with clipped positions
@@ -824,7 +848,7 @@ def attention_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.d
 @functools.cache
 def split_constants(cfg: HiPConfig, H: int, Hkv: int, D: int, dtype: torch.dtype, M: int, Tq: int) -> dict:
     """Constants and options of split_kernel; M: blocks of the selection."""
-    sink = -(-cfg.sink // cfg.block_k) * cfg.block_k
+    sink = cfg.sink_blocks * cfg.block_k
     return dict(H=H, HKV=Hkv, D=D, CLIP=cfg.rope_clip or 0, BLOCK_K=cfg.block_k, SINK=sink, M=M,
                 LOCAL=triton.cdiv(sink + cfg.window + cfg.block_k, SPLIT_TOKENS),
                 CHOSEN=triton.cdiv(M * cfg.block_k, SPLIT_TOKENS),

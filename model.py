@@ -441,6 +441,8 @@ class Context:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         if method == "dense":
+            if offload is not None:
+                raise ValueError("dense attention needs all keys and values at once: it cannot be offloaded")
             cfg = replace(cfg, rope_clip=None)  # a second score matrix for all pairs; HiP needs it for few
         if method == "streaming":
             cfg = replace(cfg, window=cfg.window + cfg.top_k, dense_layers=0)
@@ -530,9 +532,9 @@ class Context:
         """
         if not self.cfg.memory or self.decoded is None:
             return None
-        if self.decoded > 0:
-            return self.selection[layer]
         tail, self.tail[layer] = self.tail[layer], None
+        if tail is None:  # not the first token behind a prompt
+            return self.selection[layer]
         return first_memory(tail, self.search_keys(layer, self.length - 1), self.cfg, self.rope)
 
 

@@ -351,7 +351,7 @@ def test_of_equal_scores_the_lower_block_wins(candidates, count):
     count = min(count, len(candidates))
     scores, blocks = zip(*candidates, strict=True)
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], blocks[i]))
-    found = hip.best(torch.tensor([scores]), torch.tensor(blocks), count)
+    found = hip.best(torch.tensor([scores]), count, torch.tensor(blocks))
     assert sorted(found[0].tolist()) == sorted(order[:count])
 
 
@@ -418,6 +418,16 @@ def test_a_budget_that_covers_the_context_is_dense_attention(case):
     torch.testing.assert_close(
         o, dense_attention(q, k, v), rtol=1e-4, atol=1e-5 + scores * float(v.abs().max())
     )
+
+
+@pytest.mark.parametrize("sink", [100, 2**40])
+def test_a_sink_longer_than_the_text_is_the_whole_text(sink):
+    q, k, v = (torch.randn(1, 2, 50, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    cfg = HiPConfig(sink=sink)
+    o, selection = hip_attention(q, k, v, cfg)
+    torch.testing.assert_close(o, dense_attention(q, k, v))
+    for other in (selection, hip.oracle_blocks(q, k, cfg), hip.random_blocks(q, k, cfg)):
+        assert (other.blocks == -1).all()
 
 
 @given(cases(), st.data())
@@ -1060,7 +1070,7 @@ def test_triton_looks_up_and_replaces_pages_as_the_reference_does(kernels, data)
                 k = hip.Paged(bank, 0, (B, Hkv, Tk, 32), group)
                 place, _ = kernels.look_up(k, blocks, start, cfg)
             k, v = (hip.Paged(wanted, part, (B, Hkv, Tk, 32), group) for part in (0, 1))
-            hip.side_by_side(k, v, selection, cfg)
+            kernels.side_by_side(k, v, selection, cfg)
             assert_same_bank(bank, wanted)
         sink, window = torch.arange(lo), torch.arange(pages)[start // block : last + 1]
         looked_at = [x.expand(B * Hkv, -1) for x in (sink, blocks.cpu().view(B * Hkv, -1), window)]
@@ -1557,6 +1567,13 @@ def test_an_unknown_method_and_a_cache_without_room_are_refused(tiny):
         Context(tiny, 10, SMALL, "paper")
     with pytest.raises(ValueError, match="a cache of 1000000000000000 tokens needs 768000000.0 GB"):
         Context(tiny, 10**15, SMALL)
+    with pytest.raises(ValueError, match="dense attention needs all keys and values at once"):
+        Context(tiny, 10, SMALL, "dense", offload=dict(store="host"))
+
+
+def test_an_answer_may_begin_without_a_prompt(tiny):
+    hip_, dense = (Context(tiny, 40, COVERS, method) for method in ("hip", "dense"))
+    close(torch.cat([*decode(hip_, 40)], 1), torch.cat([*decode(dense, 40)], 1))
 
 
 def test_sampling_is_repeatable_and_ends_at_an_end_token(tiny):

@@ -29,7 +29,7 @@ def main() -> None:
     rounds = []
 
     def score(blocks: torch.Tensor) -> torch.Tensor:
-        rounds.append(blocks[0].tolist())
+        rounds.append(sorted(blocks[0].tolist()))
         return scores[blocks]
 
     found, _ = hip.search(score, 0, torch.tensor([BLOCKS]), cfg)
@@ -43,7 +43,7 @@ def main() -> None:
                 above = min((abs(x - y), y) for y in rounds[r - 1])[1]
                 tree.plot([above, x], [1 - r, -r], c="0.6", lw=0.8, zorder=1)
     for axis in (tree, curve):
-        for x in found[0].tolist():
+        for x in sorted(found[0].tolist()):
             axis.axvspan(x - 0.5, x + 0.5, color="0.85", zorder=0)
     tree.set_yticks([-r for r in range(len(rounds))], [f"round {r + 1}" for r in range(len(rounds))])
     curve.plot(scores, c="black", lw=1)

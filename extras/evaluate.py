@@ -78,13 +78,12 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
         return kernels.select_blocks(q, k, cfg, rope=rope)
     (B, H, Tq, _), Tk, old = q.shape, k.shape[2], previous.blocks.flatten(0, 2).long()
     keys = hip.key_blocks(H, cfg.block_k, cfg.stride_k, k)
-    head, zero = torch.arange(B * H, device=q.device), hip.near_from(Tq, Tk, cfg)
-    own = (hip.row_positions(Tq, Tk, cfg, q.device) - zero).expand(B * H, -1)
-    rows = [hip.query_blocks(x, cfg.block_q) for x in hip.turned_rows(q, Tk, cfg, rope)]
-    scores = hip.block_scores(rows, own, keys, head, old.clamp(min=0), cfg, rope, zero)
+    head = torch.arange(B * H, device=q.device)
+    clip = None if rope is None else hip.Clipped(Tq, Tk, cfg, rope)
+    rows, own = hip.search_rows(q, Tk, cfg, clip)
+    scores = hip.block_scores(rows, own.repeat(B * H, 1), keys, head, old.clamp(min=0), cfg, clip)
     blocks = hip.merge(old.where(old >= 0, hip.NO_BLOCK), scores, cfg.budget).view(B, H, 1, -1)
-    return Selection(blocks.where(blocks != hip.NO_BLOCK, -1).int(),
-                     hip.domain(Tq, Tk, cfg, q.device)[1] * cfg.block_k)
+    return Selection(blocks.int(), hip.domain(Tq, Tk, cfg, q.device)[1] * cfg.block_k)
 
 
 def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> Selection:
@@ -276,7 +275,7 @@ def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
     chosen = chosen.where(chosen >= 0, blocks)  # padding goes to a block behind the last
     mask = torch.zeros(len(chosen), blocks + 1, device=chosen.device).scatter(1, chosen, 1).bool()
     mask = mask[:, :blocks].repeat_interleave(cfg.block_k, 1)[:, :Tk]
-    mask[:, : -(-cfg.sink // cfg.block_k) * cfg.block_k] = True
+    mask[:, : cfg.sink_blocks * cfg.block_k] = True
     mask[:, int(selection.window_start[0]) :] = True
     return mask
 
