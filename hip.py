@@ -44,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# gathered keys of one piece of work, in bytes: few enough to stay in a CPU's cache between gather and
-# product, enough to keep its matrix units busy
+# keys of one piece of work, in bytes: few enough to stay in a CPU's cache between gather and product, enough
+# to keep its matrix units busy
 PIECE_BYTES = 4 << 20
 NO_BLOCK = 2**31 - 1  # sorts behind every block; leaves this file as -1
 LOWEST = torch.finfo(torch.float32).min  # of a real block, whatever overflowed: above an empty branch's -inf
@@ -283,57 +283,21 @@ def block_scores(q: list[torch.Tensor], own: torch.Tensor, k: Blocks | Paged, he
     return joined(scores, 0).clamp_(min=LOWEST)
 
 
-def both_ways(b_k: list[torch.Tensor], tokens: torch.Tensor | None, clip: Clipped | None,
-              turned: Callable | None = None, k: Blocks | None = None, head: torch.Tensor | None = None,
-              blocks: torch.Tensor | None = None) -> tuple[Callable, Callable]:
-    """From a slice of C blocks to their keys (G, c, n, D), as they came and, with clip, rotated.
-
-    b_k: [all of them]; or [], and either kind is gathered when asked for, from k and by `turned`.
-    """
-    def keys(c: slice) -> torch.Tensor:
-        return b_k[0][:, c] if b_k else k.take(head, blocks[:, c])[0]
-
-    def near(c: slice) -> torch.Tensor:
-        if turned:
-            return turned(head, blocks[:, c])
-        return clip.keys(keys(c), tokens[:, c]) if clip else keys(c)
-
-    return keys, near
-
-
 def products(q: list[torch.Tensor], own: torch.Tensor, tokens: torch.Tensor | None, keys: Callable,
              near: Callable, clip: Clipped | None, keys_first: bool = False) -> list[torch.Tensor]:
     """q . k of rows (G, R, D) and keys of C blocks of n: (G, R, C * n) float32, or (G, C * n, R).
 
-    In runs of keys: `joined` puts them together.  keys, near: see `both_ways`.
-
-    clip: of positions own (G, R) and tokens (G or 1, C, n); q are then rows for near keys and rows for far
-    ones (`Clipped.rows`).  Without it, and where nothing is far, q is one.
+    keys, near: of a slice of the C blocks the keys (G, c, n, D), as they came and, with clip, rotated; own
+    (G, R) and tokens (G or 1, C, n): with clip, positions.  In runs of keys: `joined` puts them together.
     """
-    def times(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        k = k.flatten(1, 2).float()
-        return torch.bmm(k, q.transpose(1, 2)) if keys_first else torch.bmm(q, k.transpose(1, 2))
+    if len(q) == 1:  # no clip, or nothing that is far
+        return [product(q[0], near(slice(None)), keys_first)]
+    return clip.products(q, own, tokens, keys, near, keys_first)
 
-    if len(q) == 1:
-        return [times(q[0], near(slice(None)))]
-    (_, C, n), runs, dim = tokens.shape, [], 1 if keys_first else 2
-    is_near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - clip.clip).any(0)  # (C,) in some pair
-    is_far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - clip.clip).any(0)
-    # far pairs are in the first `end` blocks, near ones behind the first `start`; where these overlap, both
-    # are computed: little, where blocks stand in order
-    is_near, is_far = is_near.nonzero().flatten().tolist(), is_far.nonzero().flatten().tolist()
-    start, end = is_near[0] if is_near else C, is_far[-1] + 1 if is_far else 0
-    if end > 0:
-        runs.append(times(q[1], keys(slice(0, end))))
-    if start < C:
-        runs.append(times(q[0], near(slice(start, C))))
-    if start < end:
-        last, both, token = own - clip.clip, (end - start) * n, tokens[:, start:end].flatten(1)
-        clipped = token[:, :, None] <= last[:, None] if keys_first else token[:, None] <= last[:, :, None]
-        distant, mixed = runs[0].split((start * n, both), dim)
-        nearby, rest = runs[1].split((both, (C - end) * n), dim)
-        runs = [distant, mixed.where(clipped, nearby), rest]
-    return runs
+
+def product(q: torch.Tensor, k: torch.Tensor, keys_first: bool) -> torch.Tensor:
+    k = k.flatten(1, 2).float()
+    return torch.bmm(k, q.transpose(1, 2)) if keys_first else torch.bmm(q, k.transpose(1, 2))
 
 
 def joined(runs: list[torch.Tensor], dim: int) -> torch.Tensor:
@@ -435,7 +399,8 @@ def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | 
             for x in (clip.rows(q) if clip else [q])]
     own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(B * Hkv, -1)  # (B * Hkv, rows)
     o, total, top = torch.zeros_like(rows[0]), 0.0, torch.full_like(rows[0][..., :1], -math.inf)
-    for piece in pieces(Tk, max(256, PIECE_BYTES // (B * H * Tq)), q.device):
+    token_bytes = 4 * B * (H * Tq + 2 * Hkv * D)  # of scores, key and value
+    for piece in pieces(Tk, max(256, PIECE_BYTES // token_bytes), q.device):
         tokens = torch.arange(piece.start, piece.stop, device=q.device)
         b_k, b_v = (x.narrow(2, piece.start, len(tokens)).flatten(0, 1).float() for x in (k, v))
         at_k = tokens[None, :, None]
@@ -555,10 +520,11 @@ class Blocks:
             batch, head = x.stride(0) // D, x.stride(1) // D
             group = query_heads // H
             first = [b * batch + h // group * head for b in range(B) for h in range(query_heads)]
-            first = torch.tensor(first, device=x.device)  # (B * query heads,) row of token 0
+            # token t of query head g, numbered through B * query heads, is row first[g] + t of `tokens`, and
+            # the block that begins with it the same row of `blocks`, whose rows overlap
+            first = torch.tensor(first, device=x.device)
             rows = (B - 1) * batch + (H - 1) * head + T
             tokens = x.as_strided((rows, D), (D, 1))
-            # row t is the block that begins with token t: the rows overlap
             blocks = x.as_strided((max(0, rows + 1 - block_k), block_k * D), (D, 1))
             self.parts.append((first, tokens, blocks))
 
@@ -640,6 +606,46 @@ class Clipped:
         at = (tokens - self.zero).clamp(0, len(self.cos) - 1)
         turn = (x.index_select(0, at.flatten()).unflatten(0, at.shape) for x in (self.cos, self.sin))
         return rotate(k, *turn)
+
+    def products(self, q: list[torch.Tensor], own: torch.Tensor, tokens: torch.Tensor, keys: Callable,
+                 near: Callable, keys_first: bool) -> list[torch.Tensor]:
+        """`products` of rows for near keys and rows for far ones."""
+        (_, C, n), runs, dim = tokens.shape, [], 1 if keys_first else 2
+        is_near = (tokens[:, :, -1] > own.amin(1, keepdim=True) - self.clip).any(0)  # (C,) in some pair
+        is_far = (tokens[:, :, 0] <= own.amax(1, keepdim=True) - self.clip).any(0)
+        # far pairs are in the first `end` blocks, near ones behind the first `start`; where these overlap,
+        # both are computed: little, where blocks stand in order
+        is_near, is_far = is_near.nonzero().flatten().tolist(), is_far.nonzero().flatten().tolist()
+        start, end = is_near[0] if is_near else C, is_far[-1] + 1 if is_far else 0
+        if end > 0:
+            runs.append(product(q[1], keys(slice(0, end)), keys_first))
+        if start < C:
+            runs.append(product(q[0], near(slice(start, C)), keys_first))
+        if start < end:
+            last, both, token = own - self.clip, (end - start) * n, tokens[:, start:end].flatten(1)
+            clipped = token[:, :, None] <= last[:, None] if keys_first else token[:, None] <= last[:, :, None]
+            distant, mixed = runs[0].split((start * n, both), dim)
+            nearby, rest = runs[1].split((both, (C - end) * n), dim)
+            runs = [distant, mixed.where(clipped, nearby), rest]
+        return runs
+
+
+def both_ways(b_k: list[torch.Tensor], tokens: torch.Tensor | None, clip: Clipped | None,
+              turned: Callable | None = None, k: Blocks | None = None, head: torch.Tensor | None = None,
+              blocks: torch.Tensor | None = None) -> tuple[Callable, Callable]:
+    """keys and near of `products`.
+
+    b_k: [all keys (G, C, n, D)]; or [], and either kind is gathered when asked for, from k and by `turned`.
+    """
+    def keys(c: slice) -> torch.Tensor:
+        return b_k[0][:, c] if b_k else k.take(head, blocks[:, c])[0]
+
+    def near(c: slice) -> torch.Tensor:
+        if turned:
+            return turned(head, blocks[:, c])
+        return clip.keys(keys(c), tokens[:, c]) if clip else keys(c)
+
+    return keys, near
 
 
 def turned_blocks(query_heads: int, stride: int, k: torch.Tensor | Paged, Tq: int, cfg: HiPConfig,
