@@ -330,7 +330,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     turned = turned_blocks(H, 1, k, Tq, cfg, clip)
     far = key_blocks(H, cfg.block_k, 1, k) if turned else None  # then only far keys are wanted as they came
     past = key_blocks(H, cfg.block_k, 1, *((v,) if turned else (k, v)))
-    lo, M = min(cfg.sink_blocks, -(-Tk // cfg.block_k)), selection.blocks.shape[3]
+    lo = min(cfg.sink_blocks, -(-Tk // cfg.block_k))
     in_block, sink = torch.arange(cfg.block_k, device=device), torch.arange(lo, device=device)
     first = selection.window_start // cfg.block_k
     window = torch.arange(max(0, int((own.amax(1) // cfg.block_k + 1 - first).max())), device=device)
@@ -338,9 +338,13 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     out = torch.empty(B * H * NQ, R, D, dtype=q.dtype, device=device)
     each = torch.arange(len(out), device=device)
     heads, index = each // NQ, each % NQ  # (G,) head and query block
-    for g in pieces(len(out), PIECE_BYTES // (4 * D * cfg.block_k * (lo + M + len(window))), device):
+    looked_at = lo + selection.blocks.shape[3] + len(window)
+    for g in pieces(len(out), PIECE_BYTES // (4 * D * cfg.block_k * looked_at), device):
         head, i = heads[g], index[g]
         chosen = selection.blocks.flatten(0, 2)[g].long()  # (G, M)
+        if padded := bool((chosen < 0).any()):
+            chosen = chosen[:, (chosen >= 0).any(0)]  # what is padding for all need not be gathered
+        M = chosen.shape[1]
         blocks = torch.cat([sink.expand(len(i), -1), chosen.clamp(min=0), first[i, None] + window], 1)
         tokens = blocks[..., None] * cfg.block_k + in_block  # (G, C, block_k) positions looked at
         *b_k, b_v = past.take(head, blocks)  # (G, C, block_k, D)
@@ -353,7 +357,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
         behind = (lo + M) * cfg.block_k + seen + 1 if seen >= 0 else 0
         later = tokens.flatten(1)[:, None, behind:] > at[:, :, None]
         s[:, :, behind:].masked_fill_(later, -math.inf)
-        if (chosen < 0).any():
+        if padded:
             padding = (chosen < 0).repeat_interleave(cfg.block_k, 1)
             s[:, :, lo * cfg.block_k : (lo + M) * cfg.block_k].masked_fill_(padding[:, None], -math.inf)
         out[g] = s.softmax(-1).to(v.dtype) @ b_v.flatten(1, 2)
