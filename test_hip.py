@@ -243,6 +243,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         (q, k.half(), "k"),
         (q, k[..., :8], "k"),
         (q[:, :, :0], k, "q"),
+        (q, k.expand(2, -1, -1, -1), "k"),
     ]:
         with pytest.raises(ValueError, match=f"^{name} must"):
             select_blocks(bad_q, bad_k, cfg)
@@ -418,6 +419,69 @@ def test_a_budget_that_covers_the_context_is_dense_attention(case):
     torch.testing.assert_close(
         o, dense_attention(q, k, v), rtol=1e-4, atol=1e-5 + scores * float(v.abs().max())
     )
+
+
+@pytest.mark.parametrize("Tq", [1, 300, 600])
+@pytest.mark.parametrize("clip", [None, 40])
+def test_dense_attention_in_three_pieces_is_the_one_in_one(Tq, clip):
+    g, results = torch.Generator().manual_seed(Tq), []
+    q, k, v = (3 * torch.randn(2, h, T, 8, generator=g) for h, T in ((4, Tq), (2, 600), (2, 600)))
+    for size in (2**30, 1):  # 1: the least, 256 keys
+        with mock.patch.object(hip, "PIECE_BYTES", size):
+            rope = None if clip is None else rotary_table(600, 8)
+            results.append(hip.dense_by_pieces(q, k, v, HiPConfig(rope_clip=clip), rope=rope))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("Tq", [1, 50])
+def test_the_scale_may_be_chosen(Tq):
+    q, k, v = (torch.randn(1, 2, T, 8, generator=torch.Generator().manual_seed(T)) for T in (Tq, 50, 51))
+    v, cfg = v[:, :, 1:], HiPConfig()
+    for attend in (lambda q, **more: hip_attention(q, k, v, cfg, **more)[0],
+                   lambda q, **more: dense_attention(q, k, v, **more),
+                   lambda q, **more: hip.dense_by_pieces(q, k, v, cfg, **more)):
+        torch.testing.assert_close(attend(q, scale=0.9), attend(q * 0.9 * 8**0.5))
+
+
+def test_gradients_are_those_of_dense_attention_where_the_budget_covers_the_context():
+    q, k, v = (torch.randn(1, h, 50, 8, generator=torch.Generator().manual_seed(h), requires_grad=True)
+               for h in (4, 2, 2))
+    weight = torch.randn(1, 4, 50, 8, generator=torch.Generator().manual_seed(9))
+    found, wanted = (torch.autograd.grad((o * weight).sum(), (q, k, v))
+                     for o in (hip_attention(q, k, v, COVERS)[0], dense_attention(q, k, v)))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_keys_may_lie_at_any_distance_in_memory():
+    q, k = (torch.randn(2, 2, 40, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for strides in ((321, 160, 4, 1), (324, 161, 4, 1), (320, 160, 1, 40)):
+        odd = torch.empty(700).as_strided((2, 2, 40, 4), strides).copy_(k)
+        assert torch.equal(hip_attention(q, odd, odd, SMALL)[0], hip_attention(q, k, k, SMALL)[0])
+
+
+def test_random_blocks_are_repeatable_and_no_previous_block_is_no_candidate():
+    q, k = (torch.randn(1, 2, 200, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    seeded = [hip.random_blocks(q, k, SMALL, torch.Generator().manual_seed(5)).blocks for _ in range(2)]
+    assert torch.equal(*seeded)
+    blocks, start = select_blocks(q, k, SMALL)
+    assert torch.equal(select_blocks(q, k, SMALL, Selection(blocks[..., :0], start)).blocks, blocks)
+
+
+def test_a_block_whose_scores_overflow_is_chosen_by_the_oracle_too():
+    q, k = torch.full((1, 1, 6, 32), 1e30), torch.full((1, 1, 6, 32), -1e30)
+    cfg = HiPConfig(top_k=1, block_k=1, block_q=1, stride_q=1, sink=1, window=1)
+    assert (hip.oracle_blocks(q, k, cfg).blocks[:, :, 2:] >= 1).all()
+
+
+def test_products_are_counted():
+    def count(Tq, searched):
+        blocks, (_, hi) = torch.zeros(1, 1, -(-Tq // 16), 4).int(), hip.domain(Tq, 200, SMALL)
+        return hip.count_scores(Tq, 200, Selection(blocks, hi * 8), SMALL, searched)
+
+    assert count(1, False) == 16 + 8 + 32  # window, sink, four blocks
+    assert count(1, True) - count(1, False) == 2 * 16 * 8  # two rounds, 16 branches, 8 keys
+    assert count(20, False) == 2 * 16 * (36 + 8 + 32)  # the window of the first row, and 16 tokens behind it
+    assert count(20, True) - count(20, False) == 2 * 2 * 16 * 8 * 8  # 8 rows of two blocks
 
 
 @pytest.mark.parametrize("sink", [100, 2**40])
@@ -628,6 +692,34 @@ def test_with_clipped_positions_only_distances_count(case, shift):
     torch.testing.assert_close(moved, o, atol=1e-5, rtol=1e-5)
 
 
+def test_the_oracle_with_clipped_positions_looks_beyond_256_blocks():
+    # of 512 nodes each is a block at most: the search is exact
+    cfg = HiPConfig(top_k=4, block_k=1, block_q=1, stride_q=1, beam=128, sink=0, window=1, rope_clip=20)
+    g, rope = torch.Generator().manual_seed(0), rotary_table(300, 8, quarters=True)
+    q, k = tensor(g, "whole", 1, 2, 3, 8), tensor(g, "whole", 1, 1, 300, 8)
+    found = select_blocks(q, k, cfg, rope=rope).blocks
+    assert torch.equal(hip.oracle_blocks(q, k, cfg, rope=rope).blocks, found)
+
+
+@given(cases(families=("normal",), dtypes=(torch.float16, torch.bfloat16)), st.sampled_from([None, 5, 40]))
+def test_half_precision_is_scored_in_float32(case, clip):
+    q, k, v, cfg = case
+    cfg, whole_ = HiPConfig(**vars(cfg) | dict(rope_clip=clip)), [x.float() for x in (q, k, v)]
+    rope = None if clip is None else rotary_table(k.shape[2] + clip, q.shape[3])
+    found, wanted = (select_blocks(*x[:2], cfg, rope=rope).blocks for x in ((q, k), whole_))
+    assert torch.equal(found, wanted)
+    found, wanted = (hip.dense_by_pieces(*x, cfg, rope=rope) for x in ((q, k, v), whole_))
+    assert torch.equal(found, wanted.to(q.dtype))
+    if clip is not None:
+        (B, H, Tq, _), Tk = q.shape, k.shape[2]
+        position = hip.Clipped(Tq, Tk, cfg, rope)
+        every = torch.arange(-(-Tk // cfg.block_k)).expand(B * H, -1)
+        turned = [[position.keys(x[:, 0, None], torch.arange(Tk)[None, None]),
+                   hip.turned_blocks(H, 1, x, cfg.block_q + 1, cfg, position)(torch.arange(B * H), every)]
+                  for x in (k, whole_[1])]
+        assert all(torch.equal(*x) for x in zip(*turned, strict=True))
+
+
 def test_a_rotary_table_that_does_not_fit_is_refused():
     q, k, v = (torch.zeros(1, 2, T, 8) for T in (4, 50, 50))
     clipped, (cos, sin) = HiPConfig(rope_clip=20), rotary_table(24, 8)
@@ -783,6 +875,13 @@ def test_an_offloaded_cache_that_cannot_be_had_is_refused(wrong, words):
     tokens = wrong.pop("tokens", 100)
     with pytest.raises(ValueError, match=words):
         hip.OffloadedKVCache((1, 1, 1, tokens, 4), 1, SMALL, torch.float32, **wrong)
+
+
+def test_the_bound_and_what_is_moved_are_as_the_docstring_says():
+    cache = hip.OffloadedKVCache((1, 1, 1, 2**13, 4), 1, HiPConfig(), torch.float32)
+    assert cache.bound == 512 + 16 + 256 + 64 + 2 * 16 + 2 * 512 // 2 * 13  # and what rounding to pages wants
+    cache.append(0, *torch.ones(2, 1, 1, 50, 4))
+    assert cache.counts()["moved_bytes"] == 2 * 50 * 4 * 4
 
 
 def test_an_offloaded_cache_that_is_full_says_so():
@@ -1530,15 +1629,47 @@ def test_a_second_prompt_may_follow_an_answer(tiny):
     close(torch.cat(parts, 1), torch.cat([expected, *decode(whole, 9, 3)], 1))
 
 
+def test_the_model_with_clipped_positions(tiny):
+    def run(cfg, method="hip", chunk=64):
+        context, hidden = read(tiny, some_tokens(150), cfg, method, chunk)
+        return torch.cat([hidden, *decode(context, 9)], 1)
+
+    far, near = (HiPConfig(**vars(COVERS) | dict(rope_clip=clip)) for clip in (400, 20))
+    plain, short = run(COVERS, "dense"), run(near)
+    close(run(far), plain), close(run(far, "dense"), plain), close(run(near, chunk=4096), short)
+    assert not torch.allclose(short, plain, atol=1e-2)
+    context = Context(tiny, 400, near)
+    parts = [*context.prefill(some_tokens(150)[:, :20], 64)]
+    assert torch.equal(context.rope[0][0], torch.ones(tiny.config.head_size // 2))  # row 0 is position 0
+    parts += context.prefill(some_tokens(150)[:, 20:], 128)  # a longer piece needs more of the table
+    close(torch.cat(parts, 1), short[:, :150])
+
+
+@pytest.mark.parametrize("offload", [None, dict(store="host")])
+def test_texts_of_a_batch_do_not_meet(tiny, offload):
+    def run(tokens):
+        context, hidden = read(tiny, tokens[:, :100], COVERS, batch=len(tokens), offload=offload)
+        return torch.cat([hidden, *(context.decode(tokens[:, i : i + 1]) for i in range(100, 109))], 1)
+
+    tokens = torch.cat([some_tokens(109, seed) for seed in (0, 1)])
+    close(run(tokens), torch.cat([run(tokens[:1]), run(tokens[1:])]))
+
+
+def test_dense_products_are_counted(tiny):
+    context, _ = read(tiny, some_tokens(100), SMALL, "dense")
+    list(decode(context, 3))
+    assert context.scores == context.dense_scores == tiny.config.layers * 103 * 104 // 2
+
+
 def test_streaming_attends_to_sink_and_window_without_a_search(tiny):
-    calls = []
-    context = Context(tiny, 400, SMALL, "streaming", kernels=watched(calls))
+    calls, cfg = [], HiPConfig(**vars(SMALL) | dict(dense_layers=2))
+    context = Context(tiny, 400, cfg, "streaming", kernels=watched(calls))
     notes = watch_attention(context)
     list(context.prefill(some_tokens(333), 64)), list(decode(context, 5))
     assert calls == []
     assert all(s.blocks.shape[3] == 0 for s in context.selection)
     assert [int(s.window_start) for s in context.selection] == [(337 - 48 + 1) // 8 * 8] * tiny.config.layers
-    assert not any(n.dense for n in notes if n.q.shape[2] == 1)
+    assert not any(n.dense for n in notes[tiny.config.layers :])  # no layer, and no tail, behind the first 64
 
 
 @pytest.mark.parametrize("offload", [dict(store="host"), dict(store="disk", resident_tokens=40)])
