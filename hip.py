@@ -9,6 +9,9 @@ and a window of recent tokens then replaces attention over everything.  No train
 Queries share the work in blocks of `block_q` rows and keys are chosen in blocks of `block_k`, so all products
 are matrix products.
 
+HiP is the first third of this file, down to `sparse_attention`: config, search, scores, attention.  Behind it
+stand selections to compare with, gathering, positions clipped at a distance, checks, the offloaded KV cache.
+
 Paper: "A Training-Free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned
 Attention", ICLR 2025, arXiv 2406.09827.  `# Alg. 1` below points into its Algorithm 1.
 
