@@ -196,6 +196,8 @@ def search(score: Callable, lo: int, n: torch.Tensor, cfg: HiPConfig) -> tuple[t
             scores = score(speaker)
         scores = scores.masked_fill(f == l, -math.inf)  # Alg. 1, l. 9-10: one block speaks for all
         keep = best(scores, N, f)  # Alg. 1, l. 11
+        if cfg.rope_clip is not None:
+            keep = keep.sort(-1).values  # in order of position, so that near and far keys stand in runs
         nodes, scores = branches.gather(1, keep[..., None].expand(-1, -1, 2)), scores.gather(1, keep)
     f, l = nodes.unbind(-1)
     return torch.where(f < l, f, NO_BLOCK), scores
