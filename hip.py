@@ -153,6 +153,12 @@ def row_positions(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device) -> tor
     return own.where(own < Tk, first)
 
 
+def number(heads: int, NQ: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head and query block of each of the G = heads * NQ query blocks: two (G,) tensors."""
+    g = torch.arange(heads * NQ, device=device)
+    return g // NQ, g % NQ
+
+
 # --- the search --------------------------------------------------------------------------------------------
 
 
@@ -230,7 +236,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     """
     check_inputs(q, k)
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    check_rope(rope, q, Tk, cfg)
+    clip = clipped(q, Tk, cfg, rope)
     lo, hi = domain(Tq, Tk, cfg, q.device)
     NQ, M = len(hi), cfg.budget
     if previous is not None:
@@ -238,13 +244,11 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, previous: Se
     out = torch.empty(B * H * NQ, M, dtype=torch.int32, device=q.device)
     if int(hi.max()) == lo:  # sink and window cover everything
         return Selection(out.fill_(-1).view(B, H, NQ, M), hi * cfg.block_k)
-    clip = None if rope is None else Clipped(Tq, Tk, cfg, rope)
     rows, own = search_rows(q, Tk, cfg, clip)
     own = own.repeat(B * H, 1)  # (G, R)
     keys = key_blocks(H, cfg.block_k, cfg.stride_k, k, thin=NQ > 1)
     turned = turned_blocks(H, cfg.stride_k, k, Tq, cfg, clip)
-    each = torch.arange(len(out), device=q.device)
-    heads, index = each // NQ, each % NQ  # (G,) head and query block
+    heads, index = number(B * H, NQ, q.device)
     for g in pieces(len(out), 64, q.device):
         i, score = index[g], partial(block_scores, [x[g] for x in rows], own[g], keys, heads[g], cfg=cfg,
                                      clip=clip, turned=turned)
@@ -265,7 +269,7 @@ def search_rows(q: torch.Tensor, Tk: int, cfg: HiPConfig,
                 clip: Clipped | None) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Rows that take part in the search, (G, R, D) for `products`, and their positions (NQ, R)."""
     own = row_positions(q.shape[2], Tk, cfg, q.device)[:, :: cfg.stride_q]
-    rows = clip.rows(q, cfg.stride_q) if clip else [q[:, :, :: cfg.stride_q]]
+    rows = turned_rows(q, clip, cfg.stride_q)
     return [query_blocks(x, cfg.block_q // cfg.stride_q) for x in rows], own
 
 
@@ -329,9 +333,8 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     check_selection(selection, B, H, NQ, "selection")
     if (selection.window_start % cfg.block_k).any():
         raise ValueError(f"selection must have windows that begin with a block of {cfg.block_k} tokens")
-    check_rope(rope, q, Tk, cfg)
-    scale, clip = D**-0.5 if scale is None else scale, None if rope is None else Clipped(Tq, Tk, cfg, rope)
-    rows = [query_blocks(x, cfg.block_q) for x in (clip.rows(q) if clip else [q])]
+    scale, clip = D**-0.5 if scale is None else scale, clipped(q, Tk, cfg, rope)
+    rows = [query_blocks(x, cfg.block_q) for x in turned_rows(q, clip)]
     turned = turned_blocks(H, 1, k, Tq, cfg, clip)
     far = key_blocks(H, cfg.block_k, 1, k) if turned else None  # then only far keys are wanted as they came
     past = key_blocks(H, cfg.block_k, 1, *((v,) if turned else (k, v)))
@@ -341,8 +344,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selectio
     window = torch.arange(max(0, int((own.amax(1) // cfg.block_k + 1 - first).max())), device=device)
 
     out = torch.empty(B * H * NQ, R, D, dtype=q.dtype, device=device)
-    each = torch.arange(len(out), device=device)
-    heads, index = each // NQ, each % NQ  # (G,) head and query block
+    heads, index = number(B * H, NQ, device)
     looked_at = lo + selection.blocks.shape[3] + len(window)
     for g in pieces(len(out), PIECE_BYTES // (4 * D * cfg.block_k * looked_at), device):
         head, i = heads[g], index[g]
@@ -402,10 +404,9 @@ def dense_by_pieces(q: torch.Tensor, k: torch.Tensor | Paged, v: torch.Tensor | 
     """
     check_inputs(q, k, v)
     (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    check_rope(rope, q, Tk, cfg)
-    scale, clip = D**-0.5 if scale is None else scale, None if rope is None else Clipped(Tq, Tk, cfg, rope)
+    scale, clip = D**-0.5 if scale is None else scale, clipped(q, Tk, cfg, rope)
     rows = [x.unflatten(1, (Hkv, -1)).flatten(2, 3).flatten(0, 1).float() * scale  # (B * Hkv, rows, D)
-            for x in (clip.rows(q) if clip else [q])]
+            for x in turned_rows(q, clip)]
     own = torch.arange(Tk - Tq, Tk, device=q.device).repeat(H // Hkv).expand(B * Hkv, -1)  # (B * Hkv, rows)
     o, total, top = torch.zeros_like(rows[0]), 0.0, torch.full_like(rows[0][..., :1], -math.inf)
     token_bytes = 4 * B * (H * Tq + 2 * Hkv * D)  # of scores, key and value
@@ -452,8 +453,7 @@ def oracle_blocks(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, *,
     """
     check_inputs(q, k)
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    check_rope(rope, q, Tk, cfg)
-    clip = None if rope is None else Clipped(Tq, Tk, cfg, rope)
+    clip = clipped(q, Tk, cfg, rope)
     blocks = min(int(domain(Tq, Tk, cfg)[1].max()), Tk // cfg.block_k)  # later ones are nobody's domain
     rows, own = search_rows(q, Tk, cfg, clip)
     NQ, R = own.shape
@@ -637,6 +637,17 @@ class Clipped:
             nearby, rest = runs[1].split((both, (C - end) * n), dim)
             runs = [distant, mixed.where(clipped, nearby), rest]
         return runs
+
+
+def clipped(q: torch.Tensor, Tk: int, cfg: HiPConfig, rope: Rope | None) -> Clipped | None:
+    """The positions of a call, None without rope.  ValueError if rope does not fit."""
+    check_rope(rope, q, Tk, cfg)
+    return None if rope is None else Clipped(q.shape[2], Tk, cfg, rope)
+
+
+def turned_rows(q: torch.Tensor, clip: Clipped | None, stride: int = 1) -> list[torch.Tensor]:
+    """Every stride-th of q (B, H, Tq, D) for `products`: as they came, or as `Clipped.rows`."""
+    return clip.rows(q, stride) if clip else [q[:, :, ::stride]]
 
 
 def both_ways(b_k: list[torch.Tensor], tokens: torch.Tensor | None, clip: Clipped | None,

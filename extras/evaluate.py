@@ -79,7 +79,7 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     (B, H, Tq, _), Tk, old = q.shape, k.shape[2], previous.blocks.flatten(0, 2).long()
     keys = hip.key_blocks(H, cfg.block_k, cfg.stride_k, k)
     head = torch.arange(B * H, device=q.device)
-    clip = None if rope is None else hip.Clipped(Tq, Tk, cfg, rope)
+    clip = hip.clipped(q, Tk, cfg, rope)
     rows, own = hip.search_rows(q, Tk, cfg, clip)
     scores = hip.block_scores(rows, own.repeat(B * H, 1), keys, head, old.clamp(min=0), cfg, clip)
     blocks = hip.merge(old.where(old >= 0, hip.NO_BLOCK), scores, cfg.budget).view(B, H, 1, -1)
