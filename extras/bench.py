@@ -2,20 +2,22 @@
 
     python extras/bench.py                                       # attention alone, 4k to 32k
     python extras/bench.py --max-tokens 262144 --seconds 300     # to 256k; a dense call may take five minutes
+    python extras/bench.py --against ../old/v1                   # and the hip.py of that folder, in turn
     python extras/bench.py --model --repeats 2 --seconds 500     # the whole model
     python extras/bench.py --device cuda --inputs local normal --heads 32 8 --head-size 128
 
 Prints Markdown tables, or --json, and draws a picture.  Every row is kept in --out once it is there, so that
 a command goes on where it was interrupted.  Times are medians (least-most) of repeats that take turns, or of
-one call where two would pass --seconds.  Dense attention that would pass them, going by the square of the
-length, is "not run".
+one call where two would pass --seconds.  Dense attention is the fastest of the ways that torch has for it,
+all of them timed; where it would pass --seconds, going by the square of the length, it is "not run".
 
 Inputs: `real` are queries, keys and values of a middle layer of the default model, which reads natural text
 by HiP, with NTK-scaled positions past its trained length; `local` are noises of many wavelengths along the
 text, so that neighbours score alike; `normal` are random.
-Of the ceiling: in prefill the products that a method needs, per second, as a share of what a matrix product
-reaches; in decoding the keys and values that it reads (HiP: for every query head anew) as a share of what a
-copy moves.  Growth: the exponent of the time from the length above to this one.
+--against, a git worktree of an earlier commit, say: its code with its own defaults, named "old" here.
+Of the floor: the least time that the operations and bytes of a method (`measuring.needed`) take at the speed
+of a matrix product and of a copy, measured among them, as a share of its time.  Growth: the exponent of the
+time from the length above to this one.
 """
 
 from __future__ import annotations
@@ -26,65 +28,36 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import measuring
 import torch
 import torch.nn.functional as F
-from measuring import table
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from measuring import needed, seconds_of
 from tqdm import tqdm
 
-from hip import HiPConfig, Selection, count_scores, domain
+from hip import HiPConfig
 from model import Context, Llama, Tokenizer, load
 
 REFRESH = (1, 4, 8)  # refresh intervals of decoding
 
 
+class Run(NamedTuple):
+    """What is timed: a part of a method, or one of dense attention's ways, of which the fastest counts."""
+
+    method: str
+    call: Callable
+    need: tuple[float, float] | None = None  # operations and bytes of a step
+    steps: int = 1  # of decoding, in a call
+
+
 # --- measuring ---------------------------------------------------------------------------------------------
-
-
-def seconds_of(run: Callable, device: str) -> float:
-    if device.startswith("cuda"):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def graphed(run: Callable) -> Callable:
-    """run as a CUDA graph: a serving loop does not pay Python for every launch."""
-    run()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return lambda run=run: graph.replay()  # run keeps alive the tensors that the graph reads
-
-
-def cold_milliseconds(runs: list[Callable], device: str) -> float:
-    """Median time of runs that differ in their inputs, one after the other; the first warms up.
-
-    On a GPU a GiB is written twice before each: no input is in a cache then, and the host has launched the
-    whole run by the time it begins.  What takes seconds runs twice, all else up to 30 times.
-    """
-    flush = torch.empty(2**30 if device.startswith("cuda") else 0, dtype=torch.int8, device=device)
-    times: list[float] = []
-    while len(times) < 2 or (len(times) < 31 and sum(times) + times[-1] < 4):
-        flush.zero_().zero_()
-        times.append(seconds_of(runs[len(times) % len(runs)], device))
-    return 1000 * statistics.median(times[1:])
 
 
 def process_memory(name: str) -> int | None:
@@ -112,83 +85,48 @@ def first_run(run: Callable, device: str) -> tuple[float, int | None]:
     return seconds, None if before is None or after is None else max(0, after - before)
 
 
-def take_turns(runs: dict[str, Callable], repeats: int, limit: float, device: str) -> tuple[dict, dict]:
-    """Seconds of each run, again and again in turn: a slow moment of the machine hits all alike.  And memory.
+def take_turns(calls: dict, repeats: int, limit: float, device: str) -> tuple[dict, dict]:
+    """Seconds of each call, again and again in turn, as a slow moment hits all alike; and memory.
 
     The first round warms up and counts only where there is no time, `limit` seconds, for a second.
     """
-    first = {name: first_run(run, device) for name, run in runs.items()}
-    rounds = {name: min(repeats, int(limit / max(first[name][0], 1e-9))) for name in runs}
-    times = {name: [] if rounds[name] else [first[name][0]] for name in runs}
+    first = {name: first_run(run, device) for name, run in calls.items()}
+    rounds = {name: min(repeats, int(limit / max(first[name][0], 1e-9))) for name in calls}
+    times = {name: [] if rounds[name] else [first[name][0]] for name in calls}
     for i in range(max(rounds.values())):
-        for name, run in runs.items():
+        for name, run in calls.items():
             if i < rounds[name]:
                 times[name].append(seconds_of(run, device))
     return times, {name: memory for name, (_, memory) in first.items()}
 
 
-def ceilings(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, int]]:
-    """A matrix product and a copy, and their FLOP and bytes."""
-    n, length = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    x = torch.randn(length // dtype.itemsize, device=device, dtype=dtype)
-    y = torch.empty_like(x)
-    return {"matmul": (lambda: a @ b, 2 * n**3), "copy": (lambda: y.copy_(x), 2 * length)}
+def measured(runs: dict[str, Run], repeats: int, options: argparse.Namespace) -> dict:
+    """A row: by method times, memory, and share of its floor; and the times of all that was run.
 
-
-def measured(phase: str, runs: dict[str, tuple[Callable, int, float]], repeats: int,
-             options: argparse.Namespace) -> dict:
-    """A row from runs, each with its steps and a step's FLOP (prefill) or bytes (decoding).
-
-    The machine's ceilings take their turns among them, so that a share of a ceiling is of the same minute.
+    The machine's ceilings take their turns among them, so that the floor is of the same minute.
     """
-    calls = {name: run[0] for name, run in (runs | options.ceilings).items()}
+    ceilings = measuring.ceilings(options.device, options.dtype)
+    calls = {name: run.call for name, run in runs.items()} | {
+        name: call for name, (call, _) in ceilings.items()
+    }
     times, memory = take_turns(calls, repeats, options.seconds, options.device)
-    reached = {name: work / statistics.median(times[name]) for name, (_, work) in options.ceilings.items()}
-    times = {name: [x / steps for x in times[name]] for name, (_, steps, _) in runs.items()}
-    work = {name: run[2] for name, run in runs.items()}
-    if "search" in runs:
-        times["hip"] = [a + b for a, b in zip(times["search"], times["sparse"], strict=False)]
-        work["hip"] = work["search"] + work["sparse"]
-        memory["hip"] = max((memory[x] for x in ("search", "sparse") if memory[x] is not None), default=None)
-    if "grouped" in runs:  # the faster of the two counts
-        best = min(("dense", "grouped"), key=lambda name: statistics.median(times[name]))
-        times["dense"], memory["dense"] = times[best], memory[best]
-    ceiling = reached["matmul" if phase == "prefill" else "copy"]
-    return {"ceilings": reached, "runs": {
-        name: {"times": x, "share": work[name] / statistics.median(x) / ceiling, "memory": memory[name]}
-        for name, x in times.items()}}
-
-
-def products(Tq: int, Tk: int, cfg: HiPConfig) -> tuple[int, int]:
-    """q . k products of one head in a search, and in the attention behind it."""
-    _, hi = domain(Tq, Tk, cfg)
-    selection = Selection(torch.empty(1, 1, len(hi), cfg.budget), hi * cfg.block_k)
-    attended = count_scores(Tq, Tk, selection, cfg, searched=False)
-    return count_scores(Tq, Tk, selection, cfg) - attended, attended
-
-
-def needed(B: int, Tq: int, Tk: int, heads: tuple[int, int, int], cfg: HiPConfig, size: int) -> dict:
-    """Operations, and bytes of device memory, that dense attention, search and sparse attention cannot avoid.
-
-    heads: D, H, Hkv; size: bytes of a number.  A pair of query and key costs 2 D operations for q . k, and
-    2 D more where it is attended to.  Dense: all causal pairs; reads q, k, v and writes o, once.  Search:
-    rows that take part times keys of looked-at blocks; reads these rows and keys, writes the selection.
-    Sparse: pairs of sink, selection and window; reads q, and keys and values there, writes o.  Keys count for
-    every query block anew, chosen ones for every query head, others for every key head (query heads look at
-    many of the same); but never more than all once, as in prefill.
-    """
-    (D, H, Hkv), (searched, attended) = heads, products(Tq, Tk, cfg)  # products of one head
-    NQ, rows, top_k = -(-Tq // cfg.block_q), min(Tq, cfg.block_q), cfg.top_k
-    searched += top_k // cfg.stride_k if Tq == 1 else 0  # decoding scores what it remembers as well
-    taking, near = -(-rows // cfg.stride_q), attended / rows - NQ * top_k
-    queries, keys, token = B * H * Tq * D * size, B * Hkv * Tk * D * size, B * D * size
-    looked_at = min(keys, token * Hkv * searched / taking)
-    gathered = min(keys, token * (H * NQ * top_k + Hkv * near))
-    pairs, written = Tq * Tk - Tq * (Tq - 1) // 2, 4 * B * H * NQ * cfg.budget
-    return {"dense": (4 * B * H * D * pairs, 2 * queries + 2 * keys),
-            "search": (2 * B * H * D * searched, queries * taking / rows + looked_at + written),
-            "sparse": (4 * B * H * D * attended, 2 * queries + 2 * gathered)}
+    reached = {name: work / statistics.median(times.pop(name)) for name, (_, work) in ceilings.items()}
+    times = {name: [x / runs[name].steps for x in each] for name, each in times.items()}
+    methods = {}
+    for method in dict.fromkeys(run.method for run in runs.values()):
+        parts = [name for name, run in runs.items() if run.method == method]
+        if method == "dense":
+            parts = [min(parts, key=lambda name: statistics.median(times[name]))]
+        total = [sum(each) for each in zip(*(times[name] for name in parts), strict=False)]
+        needs = [runs[name].need for name in parts]
+        least = None if None in needs else sum(measuring.floor(need, reached) for need in needs)
+        methods[method] = {
+            "times": total,
+            "parts": parts,
+            "share": least and least / statistics.median(total),
+            "memory": max((memory[name] for name in parts if memory[name] is not None), default=None),
+        }
+    return {"ceilings": reached, "methods": methods, "times": times}
 
 
 # --- inputs ------------------------------------------------------------------------------------------------
@@ -199,13 +137,11 @@ def capture(model: Llama, tokenizer: Tokenizer, T: int, options: argparse.Namesp
     layer = model.config.layers // 2
     # the layers above it are not needed
     model = measuring.stretched(Llama(replace(model.config, layers=layer + 1), model.weights), T)
-    context, parts = Context(model, T, HiPConfig(), kernels=options.kernels), []
-    measuring.watch(context, lambda i, *qkv: parts.append(qkv) if i == layer else None)
+    context, pieces = Context(model, T, HiPConfig(), kernels=options.kernels), []
+    measuring.watch(context, lambda i, q, k, v: pieces.append(q) if i == layer else None)
     text = torch.tensor([measuring.natural_text(tokenizer, T)], device=model.device)
-    with tqdm(total=T, unit="token", desc="real inputs", leave=False) as bar:
-        for hidden in context.prefill(text):
-            bar.update(hidden.shape[1])
-    return [torch.cat(x, 2).to(options.dtype).contiguous() for x in zip(*parts, strict=True)]
+    measuring.read(context, text, what="real inputs")
+    return [x.to(options.dtype) for x in (torch.cat(pieces, 2), context.k[layer], context.v[layer])]
 
 
 def synthetic(kind: str, T: int, options: argparse.Namespace) -> list[torch.Tensor]:
@@ -221,89 +157,90 @@ def synthetic(kind: str, T: int, options: argparse.Namespace) -> list[torch.Tens
     return tensors
 
 
-# --- attention alone ---------------------------------------------------------------------------------------
+# --- what is timed -----------------------------------------------------------------------------------------
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense causal attention by torch; on a GPU by its flash backend."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2],
-                                              enable_gqa=q.shape[1] != k.shape[1])
+def reading(method: str, qkv: list, cfg: HiPConfig, kernels: ModuleType, need: dict) -> dict[str, Run]:
+    """Search and sparse attention of a prompt."""
+    (q, k, v), found = qkv, {}
+
+    def search() -> None:
+        found["selection"] = kernels.select_blocks(q, k, cfg)
+
+    def attend() -> None:
+        kernels.sparse_attention(q, k, v, found["selection"], cfg)
+
+    return {
+        f"{method}: search": Run(method, search, need.get("search")),
+        f"{method}: sparse": Run(method, attend, need.get("sparse")),
+    }
 
 
-def attention_runs(phase: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: HiPConfig,
-                   kernels: ModuleType) -> dict[str, Callable]:
-    """What is timed: dense attention beside search and sparse attention, or beside steps of decoding."""
-    if phase == "prefill":
-        found = {}
-        return {"dense": lambda: sdpa(q, k, v),
-                "search": lambda: found.update(selection=kernels.select_blocks(q, k, cfg)),
-                "sparse": lambda: kernels.sparse_attention(q, k, v, found["selection"], cfg)}
-    T, most = k.shape[2], max(REFRESH)
+def decoding(method: str, qkv: list, cfg: HiPConfig, kernels: ModuleType, need: dict) -> dict[str, Run]:
+    """As many steps as share a selection; the search remembers, as the model's does."""
+    (q, k, v), T, most = qkv, qkv[1].shape[2], max(REFRESH)
     memory = kernels.select_blocks(q[:, :, -most - 1 : -most], k[:, :, :-most], cfg)
-    last, grouped = q[:, :, -1:], q[:, :, -1].unflatten(1, (k.shape[1], -1))
 
     def steps(count: int) -> None:
-        """As many steps as share a selection; the search remembers, as the model's does."""
         for t in range(T - count, T):
             now = q[:, :, t : t + 1], k[:, :, : t + 1]
             if t == T - count:
                 selection = kernels.select_blocks(*now, cfg, memory)
             kernels.sparse_attention(*now, v[:, :, : t + 1], selection, cfg)
 
-    # a step of dense attention can also take the query heads that share keys as rows, without any copy
-    runs = {"dense": lambda: sdpa(last, k, v), "grouped": lambda: sdpa(grouped, k, v)}
-    runs |= {f"refresh {count}": partial(steps, count) for count in REFRESH}
-    if q.is_cuda:  # as a server would: no Python between the launches
-        runs = {name: graphed(run) for name, run in runs.items()}
+    runs = {}
+    for r in REFRESH:  # a step's share of a search, and its attention
+        each = [x / r + y for x, y in zip(need["search"], need["sparse"], strict=True)] if need else None
+        runs[f"{method} refresh {r}"] = Run(f"{method} refresh {r}", partial(steps, r), each, r)
     return runs
 
 
-def attention_row(phase: str, qkv: list[torch.Tensor], cfg: HiPConfig, dense: bool,
-                  options: argparse.Namespace) -> dict:
-    """Times and memory of one length, and the FLOP (prefill) or bytes (decoding) of each run."""
-    (B, H, T, D), Hkv, size = qkv[0].shape, qkv[1].shape[1], qkv[0].dtype.itemsize
-    runs = attention_runs(phase, *qkv, cfg, options.kernels)
-    if phase == "prefill":
-        searched, attended = products(T, T, cfg)
-        work = {"dense": 2 * T * (T + 1), "search": 2 * searched, "sparse": 4 * attended}
-        work = {name: B * H * D * x for name, x in work.items() if dense or name != "dense"}
-    else:
-        searched, attended = products(1, T, cfg)
-        work = dict.fromkeys(("dense", "grouped"), 2 * Hkv * T)
-        work |= {f"refresh {r}": H * (searched / r + 2 * attended) for r in REFRESH}
-        work = {name: B * D * size * x for name, x in work.items()}
-    steps = {f"refresh {r}": r for r in REFRESH}
-    repeats = options.repeats * (1 if phase == "prefill" else 10)
-    return measured(phase, {x: (runs[x], steps.get(x, 1), work[x]) for x in work}, repeats, options)
+def attention_row(phase: str, qkv: list, cfg: HiPConfig, dense: bool, options: argparse.Namespace) -> dict:
+    """Dense attention, HiP, and HiP of another folder, of the same inputs."""
+    (B, H, T, D), Hkv, Tq = qkv[0].shape, qkv[1].shape[1], qkv[0].shape[2] if phase == "prefill" else 1
+    need, runs = needed(B, Tq, T, (D, H, Hkv), cfg, qkv[0].dtype.itemsize), {}
+    if dense:
+        ways = measuring.dense_ways(qkv[0][:, :, -Tq:], *qkv[1:])
+        runs = {f"dense: {way}": Run("dense", call, need["dense"]) for way, call in ways.items()}
+    steps = reading if phase == "prefill" else decoding
+    if options.against:
+        old, old_cfg = options.against
+        runs |= steps("old", qkv, old_cfg, old, {})
+    runs |= steps("HiP", qkv, cfg, options.kernels, need)
+    if phase == "decoding" and qkv[0].is_cuda:  # as a server would: no Python between the launches
+        runs = {name: run._replace(call=measuring.graphed(run.call)) for name, run in runs.items()}
+    return measured(runs, options.repeats * (1 if phase == "prefill" else 10), options)
 
 
-# --- the whole model ---------------------------------------------------------------------------------------
-
-
-def model_row(phase: str, T: int, model: Llama, tokenizer: Tokenizer, cfg: HiPConfig, dense: bool,
-              options: argparse.Namespace) -> dict:
+def model_row(
+    phase: str,
+    T: int,
+    loaded: tuple[Llama, Tokenizer],
+    cfg: HiPConfig,
+    dense: bool,
+    options: argparse.Namespace,
+) -> dict:
     """The same of the whole model: reading T tokens of natural text, or writing behind them."""
-    c, block = model.config, max(REFRESH)
+    (model, tokenizer), block = loaded, max(REFRESH)
+    c, size, Tq = model.config, model.dtype.itemsize, T if phase == "prefill" else 1
     text = torch.tensor([measuring.natural_text(tokenizer, T + 1)], device=model.device)
-    linear = sum(x.numel() for name, x in model.weights.items() if x.ndim == 2 and "embed" not in name)
-    unit, size = c.layers * c.head_size, model.dtype.itemsize
+    weights = sum(x.numel() for name, x in model.weights.items() if x.ndim == 2 and "embed" not in name)
+    weights += 0 if phase == "prefill" else model.weights["embed_tokens.weight"].numel()
+    need = needed(1, Tq, T, (c.head_size, c.heads, c.kv_heads), cfg, size)
+
+    def whole(**share: float) -> tuple[float, float]:  # all layers' attention, and the weights
+        parts = [[c.layers * n * x for x in need[name]] for name, n in share.items()]
+        return tuple(map(sum, zip((2 * Tq * weights, size * weights), *parts, strict=True)))
 
     def read(method: str, room: int = 0) -> Context:
         context = Context(model, T + room, cfg, method, options.kernels)
-        with tqdm(total=T, unit="token", desc=method, leave=False) as bar:
-            for hidden in context.prefill(text[:, :T]):
-                bar.update(hidden.shape[1])
+        measuring.read(context, text[:, :T], what=method)
         return context
 
     if phase == "prefill":
-        searched, attended = products(T, T, cfg)
-        work = {"dense": 2 * T * (T + 1), "hip": 2 * searched + 4 * attended}
-        runs = {name: (partial(read, name), 1, c.heads * unit * x + 2 * T * linear)
-                for name, x in work.items() if dense or name != "dense"}
-        return measured(phase, runs, options.repeats, options)
-    searched, attended = products(1, T, cfg)
-    weights = linear + model.weights["embed_tokens.weight"].numel()
+        runs = {"HiP": Run("HiP", partial(read, "hip"), whole(search=1, sparse=1))}
+        runs |= {"dense": Run("dense", partial(read, "dense"), whole(dense=1))} if dense else {}
+        return measured(runs, options.repeats, options)
     context = read("hip", block * (len(REFRESH) + 1) * (options.repeats + 1))
 
     def write(method: str, refresh: int) -> None:
@@ -313,75 +250,89 @@ def model_row(phase: str, T: int, model: Llama, tokenizer: Tokenizer, cfg: HiPCo
             model.logits(context.decode(text[:, T:])[0, -1])
 
     # a refresh comes first: it takes up the memory of the prompt
-    work = {r: c.heads * unit * (searched / r + 2 * attended) for r in REFRESH}
-    runs = {f"refresh {r}": (partial(write, "hip", r), block, size * (weights + x)) for r, x in work.items()}
-    runs["dense"] = partial(write, "dense", 1), block, size * (weights + 2 * c.kv_heads * unit * T)
-    return measured(phase, runs, options.repeats, options)
+    names = {r: f"HiP refresh {r}" for r in REFRESH}
+    runs = {
+        x: Run(x, partial(write, "hip", r), whole(search=1 / r, sparse=1), block) for r, x in names.items()
+    }
+    runs["dense"] = Run("dense", partial(write, "dense", 1), whole(dense=1), block)
+    return measured(runs, options.repeats, options)
 
 
 # --- tables and picture ------------------------------------------------------------------------------------
 
 
-def median(run: dict) -> float:
-    return statistics.median(run["times"])
+def median(method: dict) -> float:
+    return statistics.median(method["times"])
 
 
-def columns(runs: dict, phase: str, unit: str, T: int, above: tuple[int, dict]) -> dict[str, str]:
-    """A row of the table.  above: length and runs of the row above with the same inputs."""
-    ways = {"hip": "HiP"} if phase == "prefill" else {f"refresh {r}": f"HiP, refresh {r}" for r in REFRESH}
+def columns(row: dict, names: list[str], unit: str, T: int, above: tuple[int, dict]) -> dict[str, str]:
+    """A row of the table.  names: of the methods.  above: length and methods of the row above."""
+    methods, last = row["methods"], names[-1]
+    shown = [x for x in names if x == "dense" or x.endswith(last[3:])]  # of decoding the longest interval
 
     def each(show: Callable) -> str:
-        """Of dense attention and of HiP, with the longest refresh interval."""
-        return ", ".join(show(x) if x in runs else "-" for x in ("dense", [*ways][-1]))
+        return ", ".join(show(x) if x in methods else "-" for x in shown)
 
     def growth(x: str) -> str:
         T0, old = above
-        return f"{math.log(median(runs[x]) / median(old[x])) / math.log(T / T0):.2f}" if x in old else "-"
+        return f"{math.log(median(methods[x]) / median(old[x])) / math.log(T / T0):.2f}" if x in old else "-"
 
-    row = {}
-    for x, title in ({"dense": "dense"} | ways).items():
-        times = [time * (1000 if unit == "ms" else 1) for time in runs[x]["times"]] if x in runs else []
+    out = {}
+    for x in names:
+        times = [time * (1000 if unit == "ms" else 1) for time in methods[x]["times"]] if x in methods else []
         digits = max(0, 2 - math.floor(math.log10(min(times)))) if times else 0
         spread = f"{min(times):.{digits}f}-{max(times):.{digits}f}" if len(times) > 1 else "once"
-        row[f"{title}, {unit}"] = f"{statistics.median(times):.{digits}f} ({spread})" if times else "not run"
-    if "search" in runs:
-        row["of it search"] = f"{median(runs['search']) / median(runs['hip']):.0%}"
-    for x, title in ways.items():
-        row["dense / " + title] = f"{median(runs['dense']) / median(runs[x]):.3g}" if "dense" in runs else "-"
-    row["growth: dense, HiP"] = each(growth)
-    row["of the ceiling"] = each(lambda x: f"{runs[x]['share']:.0%}")
-    row["MiB"] = each(lambda x: "-" if runs[x]["memory"] is None else f"{runs[x]['memory'] / 2**20:.0f}")
-    return row
+        out[f"{x}, {unit}"] = f"{statistics.median(times):.{digits}f} ({spread})" if times else "not run"
+    if len(methods[last]["parts"]) > 1:
+        out["of it search"] = (
+            f"{statistics.median(row['times'][f'{last}: search']) / median(methods[last]):.0%}"
+        )
+    for x in shown[:-1]:
+        out[f"{x} / {last}"] = f"{median(methods[x]) / median(methods[last]):.3g}" if x in methods else "-"
+    out[f"growth: {', '.join(shown)}"] = each(growth)
+    out["of the floor"] = each(lambda x: "-" if methods[x]["share"] is None else f"{methods[x]['share']:.0%}")
+    out["MiB"] = each(
+        lambda x: "-" if methods[x]["memory"] is None else f"{methods[x]['memory'] / 2**20:.0f}"
+    )
+    out["dense by"] = methods["dense"]["parts"][0].partition(": ")[2] or None if "dense" in methods else None
+    return out
 
 
 def show(records: list[dict]) -> None:
     """A table for prefill, one for decoding."""
     for phase in ("prefill", "decoding"):
         rows, above, mine = [], {}, [x for x in records if x["settings"]["phase"] == phase]
-        unit = "s" if max(median(run) for x in mine for run in x["runs"].values()) > 0.5 else "ms"
+        unit = "s" if max(median(run) for x in mine for run in x["methods"].values()) > 0.5 else "ms"
+        names = sorted(
+            {name for x in mine for name in x["methods"]}, key=lambda x: (x[0] == "H", x[0] == "o", x)
+        )
         for record in mine:
-            T, kind, runs = record["settings"]["tokens"], record["settings"]["inputs"], record["runs"]
-            rows.append({"tokens": f"{T:,}", "inputs": kind}
-                        | columns(runs, phase, unit, T, above.get(kind, (T, {}))))
-            above[kind] = T, runs
-        print(f"\n{phase}\n\n" + table([*rows[0]], [[*row.values()] for row in rows]))
-    product, copy = (statistics.median(x["ceilings"][i] for x in records) / 1e9 for i in ("matmul", "copy"))
+            T, kind = record["settings"]["tokens"], record["settings"]["inputs"]
+            row = columns(record, names, unit, T, above.get(kind, (T, {})))
+            rows.append({"tokens": f"{T:,}", "inputs": kind} | row)
+            above[kind] = T, record["methods"]
+        print(f"\n{phase}\n\n" + measuring.records_table(rows))
+    product, copy = (statistics.median(x["ceilings"][i] for x in records) / 1e9 for i in ("product", "copy"))
     print(f"\nceilings, median of all rows: product {product:,.0f} GFLOP/s, copy {copy:,.1f} GB/s")
 
 
 def draw(records: list[dict], path: str) -> None:
-    """Time against length, dense dashed and HiP solid, a marker for each kind of input."""
+    """Time against length, dense dashed, old dotted and HiP solid, a marker for each kind of input."""
     plt = measuring.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axis, phase, hip in ((axes[0], "prefill", "hip"), (axes[1], "decoding", f"refresh {max(REFRESH)}")):
+    for axis, phase, more in ((axes[0], "prefill", ""), (axes[1], "decoding", f" refresh {max(REFRESH)}")):
         rows = [x for x in records if x["settings"]["phase"] == phase]
         for marker, kind in zip("os^D", dict.fromkeys(x["settings"]["inputs"] for x in rows), strict=False):
-            for name, style, face in (("dense", "--", "white"), (hip, "-", "black")):
-                points = [(x["settings"]["tokens"], median(x["runs"][name])) for x in rows
-                          if x["settings"]["inputs"] == kind and name in x["runs"]]
-                title = name if name == "dense" else "HiP" if name == "hip" else f"HiP, {name}"
-                axis.plot([x for x, _ in points], [y for _, y in points], style, marker=marker, color="black",
-                          markerfacecolor=face, lw=1, label=f"{title}, {kind}")
+            for name, style in {"dense": "--", "old" + more: ":", "HiP" + more: "-"}.items():
+                points = [
+                    (x["settings"]["tokens"], median(x["methods"][name]))
+                    for x in rows
+                    if x["settings"]["inputs"] == kind and name in x["methods"]
+                ]
+                if points:
+                    face = "black" if name.startswith("HiP") else "white"
+                    line = dict(marker=marker, color="black", markerfacecolor=face, lw=1)
+                    axis.plot(*zip(*points, strict=True), style, label=f"{name}, {kind}", **line)
         axis.set(title=phase, xlabel="tokens", ylabel="seconds", yscale="log")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
@@ -398,6 +349,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--max-tokens", type=int, default=32768, metavar="N", help="4,096 doubled up to here (%(default)s)")
     add("--model", action="store_true", help="time the whole default model")
+    add("--against", metavar="DIR", help="a folder with another hip.py, timed as well")
     add("--inputs", nargs="+", choices=("real", "local", "normal"), default=["real", "local", "normal"])
     add("--real-tokens", type=int, default=65536, metavar="N", help="longest real inputs (%(default)s)")
     add("--heads", type=int, nargs=2, default=[9, 3], help="query and key heads of synthetic inputs (9 3)")
@@ -419,19 +371,20 @@ def main() -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     if options.heads[1] < 1 or options.heads[0] % options.heads[1]:
         raise ValueError(f"--heads must be query heads and a divisor of them, not {options.heads}")
-    options.kernels = measuring.kernels_for(options.device)
+    if options.against and options.model:
+        raise ValueError("--against times attention alone: it must come without --model")
+    options.kernels, old = measuring.kernels_for(options.device), options.against
+    if old:
+        options.against = measuring.other_version(old, options.device)
+        old = measuring.code_hash(old, "hip", options.kernels.__name__)
     kinds = ["the model's"] if options.model else options.inputs
     if options.model or "real" in kinds:
-        model, tokenizer = load(None, getattr(torch, options.dtype or "", None), options.device)
-    if options.model:
-        options.dtype = model.dtype
-    else:
-        default = "float32" if options.device == "cpu" else "bfloat16"
-        options.dtype = getattr(torch, options.dtype or default)
-    options.ceilings = ceilings(options.device, options.dtype)
+        loaded = load(None, getattr(torch, options.dtype or "", None), options.device)
+    default = "float32" if options.device == "cpu" else "bfloat16"
+    options.dtype = loaded[0].dtype if options.model else getattr(torch, options.dtype or default)
     shape = [] if options.model else [options.heads, options.head_size, options.batch]
-    results = measuring.Results(options.out, "bench", options.device, model=options.model, config=vars(cfg),
-                                shape=shape, dtype=str(options.dtype))
+    common = dict(model=options.model, config=vars(cfg), shape=shape, dtype=str(options.dtype), old=old)
+    results = measuring.Results(options.out, "bench", options.device, **common)
 
     records, dense_before = [], {}
     for T, kind in tqdm([(T, kind) for T in lengths for kind in kinds], desc="lengths and inputs"):
@@ -444,23 +397,24 @@ def main() -> None:
             T0, last = dense_before.get((phase, kind), (T, 0))
             dense = phase == "decoding" or last * (T / T0) ** 2 <= options.seconds
             record = results.get(**settings)
-            if record is None or (dense and "dense" not in record["runs"]):
+            if record is None or (dense and "dense" not in record["methods"]):
                 if options.model:
-                    row = model_row(phase, T, model, tokenizer, cfg, dense, options)
+                    row = model_row(phase, T, loaded, cfg, dense, options)
                 else:
                     if qkv is None:
-                        qkv = (capture(model, tokenizer, T, options) if kind == "real"
-                               else synthetic(kind, T, options))
+                        qkv = capture(*loaded, T, options) if kind == "real" else synthetic(kind, T, options)
                     row = attention_row(phase, qkv, cfg, dense, options)
                 record = results.put(row, **settings)
-            if "dense" in record["runs"]:
-                dense_before[phase, kind] = T, median(record["runs"]["dense"])
+            if "dense" in record["methods"]:
+                dense_before[phase, kind] = T, median(record["methods"]["dense"])
             records.append(record)
     if options.json:
         print(json.dumps(records, indent=1))
         return
-    print(f"{cfg}, {options.dtype} on {measuring.device_name(options.device)}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads")
+    print(
+        f"{cfg}, {options.dtype} on {measuring.device_name(options.device)}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
     show(records)
     draw(records, f"{options.out}/bench{'-model' * options.model}.png")
 

@@ -1,11 +1,10 @@
 """Compile every kernel of hip_triton.py to machine code, without a GPU, and print what became of it.
 
     python extras/compile_report.py                                  # all: hundreds of compilations, a while
-    python extras/compile_report.py --target sm_90 --dim 64 128 --dtype float16
+    python extras/compile_report.py --target sm_90 --dim 64 128 --dtype float16 --heads 32/8
 
-Exit status 1 if a kernel with D <= 128 spills registers, or one needs more shared memory than its chip has;
-the kernels with clipped positions (-rope) hold two turns of everything and may spill, which costs them less
-than more warps would, as the search of an offloaded cache (search-bank) may in float32.
+Exit status 1 if a kernel with D <= 128 spills registers (but not in float32, which has no matrix units and is
+there to compare with), or one needs more shared memory than its chip has.
 Registers and spills are read from the machine code by the cuobjdump inside Triton's wheel, for gfx942 from
 its assembly.
 Not with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
@@ -14,6 +13,7 @@ Not with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,9 +42,10 @@ TARGETS = {  # name: target, shared memory of one program
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = ("search", "search-few", "attention", "split", "merge", "search-rope", "attention-rope",
-           "split-rope", "search-bank", "attention-bank", "split-bank", "look_up", "append")
-SLOTS = 1088  # of a search bank for 128k tokens
+KERNELS = (  # -step: of a single query, -rope: with clipped positions, -bank: from an offloaded cache
+    "search", "search-rope", "search-step", "search-step-rope", "attention", "attention-rope",
+    "split", "split-rope", "split-bank", "merge", "copy",
+)  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
@@ -51,6 +53,7 @@ MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
 
 class Row(NamedTuple):
     kernel: str
+    heads: str
     D: int
     dtype: str
     target: str
@@ -61,62 +64,51 @@ class Row(NamedTuple):
 
     def problem(self) -> str:
         """What is wrong with this kernel, or ''."""
-        limit = TARGETS[self.target][1]
-        large = "rope" in self.kernel or (self.kernel, self.dtype) == ("search-bank", "float32")
-        if self.D <= 128 and self.spills and not large:
-            return f"{self.kernel} D={self.D} {self.dtype} {self.target} spills {self.spills} bytes"
-        if self.shared > limit:
-            return f"{self.kernel} D={self.D} {self.dtype} {self.target}: shared {self.shared} > {limit}"
-        return ""
+        limit, name = TARGETS[self.target][1], " ".join(str(x) for x in self[:5])
+        if self.D <= 128 and self.spills and self.dtype != "float32":
+            return f"{name} spills {self.spills} bytes"
+        return f"{name} shared {self.shared} > {limit}" if self.shared > limit else ""
 
 
-def source(kernel: str, D: int, dtype: torch.dtype, cfg: HiPConfig, H: int = 9, Hkv: int = 3):
-    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors.
-
-    -rope: with clipped positions; -bank: from an offloaded cache; -few: with few programs; the last two
-    with a single query.
-    """
-    kernel, _, kind = kernel.partition("-")
-    cfg, M = replace(cfg, rope_clip=4096 if kind == "rope" else None), cfg.budget
-    chosen, slots, few = H // Hkv * M, SLOTS if kind == "bank" else 0, kind in ("few", "bank")
-    Tq = 1 if few else cfg.block_q
+def source(
+    kernel: str, heads: tuple[int, int], D: int, dtype: torch.dtype, cfg: HiPConfig
+) -> tuple[ASTSource, dict]:
+    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors."""
+    (kernel, *kinds), (H, Hkv), M = kernel.split("-"), heads, cfg.budget
+    cfg = replace(cfg, rope_clip=4096 if "rope" in kinds else None)
+    group = (cfg, H // Hkv, 1, D, dtype)
     constants = {
-        "search": lambda: hip_triton.search_constants(cfg, H, Hkv, D, dtype, Tq, M, slots, few),
-        "attention": lambda: hip_triton.attention_constants(cfg, H, Hkv, D, dtype, M),
-        "split": lambda: hip_triton.split_constants(cfg, H, Hkv, D, dtype, M, 1),
-        "merge": lambda: hip_triton.merge_constants(D, 8),
-        "look_up": lambda: hip_triton.look_up_constants(cfg.block_k, 1, chosen, chosen + 20, chosen + 23, D),
-        "append": lambda: hip_triton.append_constants(cfg.block_k, Hkv, D),
+        "search": lambda: hip_triton.search_constants(*group, 1 if "step" in kinds else cfg.block_q),
+        "attention": lambda: hip_triton.attention_constants(*group, M),
+        "split": lambda: hip_triton.split_constants(*group, M, 1),
+        "merge": lambda: dict(D=D, PARTS=11),
+        "copy": lambda: dict(KEYS=cfg.block_k, STRIDE=1, D=D),
     }[kernel]()
-    constants = dict(constants)
-    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     fn = getattr(hip_triton, f"{kernel}_kernel")
-    plain = {"p_start": "*i64", "p_part": "*fp32", "p_stat": "*fp32"}
-    plain |= {"p_blocks": "*i32", "p_previous": "*i32", "p_place": "*i32", "p_cos": "*fp32", "p_sin": "*fp32"}
-    pointer = "*" + TRITON_NAME[dtype]
-    tuples = {"place": ("*i32", "i32"), "bank": ("*i64",) * 4 + ("i32",) * 2 + (pointer,) * 2}
-    if kernel != "search":
-        tuples["bank"] += (pointer,) * 2  # values too
-    if kernel in ("search", "attention", "split"):
-        given = {"rope": ("p_cos", "p_sin"), "bank": ("place", "bank")}.get(kind, ())
-        absent = {"p_cos", "p_sin", "place", "bank"}.intersection(fn.arg_names).difference(given)
-        constants |= dict.fromkeys(absent)
+    constants = {name: x for name, x in constants.items() if name not in OPTIONS}
+    if "OFFSET" in fn.arg_names:
+        constants["OFFSET"] = tl.int32
+    typed = dict.fromkeys(("p_start", "p_page", "p_slot"), "*i64")
+    typed |= dict.fromkeys(("p_blocks", "p_previous"), "*i32")
+    typed |= dict.fromkeys(("p_part", "p_stat"), "*fp32") | dict(scale="fp32")
+    # strides: of those the last is a constant 1
+    typed |= dict.fromkeys(("s_q", "s_k", "s_v"), ("i32", "i32", "i32", "constexpr"))
+    typed |= {"table": ("*fp32", "*fp32")} if "rope" in kinds else {}
+    typed |= {"paged": ("*i64", "i32")} if "bank" in kinds else {}
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("s_"):  # strides: the last is a constant 1, others divide by 16
-            signature[name] = ("i32", "i32", "i32", "constexpr")
-            constants[(i, 3)] = 1
-            attrs |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
-        elif name in tuples:
-            signature[name] = tuples[name]
-            attrs |= {(i, j): [["tt.divisibility", 16]] for j, x in enumerate(tuples[name]) if x[0] == "*"}
-        elif name.startswith("p_"):
-            signature[name] = plain.get(name, pointer)
+        if name in ("table", "paged") and name not in typed:
+            constants[name] = None
+        plain = "*" + TRITON_NAME[dtype] if name.startswith("p_") else "i32"
+        kind = signature[name] = "constexpr" if name in constants else typed.get(name, plain)
+        for j, part in enumerate(kind) if isinstance(kind, tuple) else ():
+            if part == "constexpr":
+                constants[(i, j)] = 1
+            elif part[0] == "*" or name.startswith("s_"):
+                attrs[(i, j)] = [["tt.divisibility", 16]]
+        if kind[0] == "*":
             attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
     return ASTSource(fn, signature, constants, attrs), options
 
 
@@ -152,36 +144,42 @@ def compile_all(
     dims: Iterable[int] = hip_triton.HEAD_SIZES,
     dtypes: Iterable[str] = tuple(DTYPES),
     kernels: Iterable[str] = KERNELS,
+    heads: Iterable[str] = (),
     cfg: HiPConfig = HiPConfig(),  # noqa: B008
 ) -> Iterator[Row]:
     """One Row for each combination, as soon as it is compiled."""
-    for kernel in kernels:
-        for target in targets:
-            for D in dims:
-                for dtype in dtypes:
-                    src, options = source(kernel, D, DTYPES[dtype], cfg)
-                    compiled = triton.compile(src, target=TARGETS[target][0], options=options)
-                    if target.startswith("sm_"):
-                        registers, spills, matrix = read_cuda(compiled.asm["cubin"])
-                    else:
-                        registers, spills, matrix = read_amd(compiled.asm["amdgcn"])
-                    yield Row(kernel, D, dtype, target, registers, spills, compiled.metadata.shared, matrix)
+    for kernel, target, D, dtype in itertools.product(kernels, targets, dims, dtypes):
+        for group in heads or ["9/3" if D <= 64 else "32/8"]:
+            H, Hkv = map(int, group.split("/"))
+            src, options = source(kernel, (H, Hkv), D, DTYPES[dtype], cfg)
+            compiled = triton.compile(src, target=TARGETS[target][0], options=options)
+            if target.startswith("sm_"):
+                registers, spills, matrix = read_cuda(compiled.asm["cubin"])
+            else:
+                registers, spills, matrix = read_amd(compiled.asm["amdgcn"])
+            yield Row(kernel, group, D, dtype, target, registers, spills, compiled.metadata.shared, matrix)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dim", nargs="+", type=int, choices=hip_triton.HEAD_SIZES,
-                        default=list(hip_triton.HEAD_SIZES))  # fmt: skip
+    dims = hip_triton.HEAD_SIZES
+    parser.add_argument("--dim", nargs="+", type=int, choices=dims, default=list(dims))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    more = (
+        "query heads/key heads; default: those of a small model, 9/3, and above D = 64 of a large one, 32/8"
+    )
+    parser.add_argument("--heads", nargs="+", default=[], help=more)
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    print("| kernel | D | dtype | target | registers | spills | shared memory | matrix instructions |")
-    print("| --- " * 8 + "|")
+    print(
+        "| kernel | heads | D | dtype | target | registers | spills | shared memory | matrix instructions |"
+    )
+    print("| --- " * 9 + "|")
     problems = []
-    for row in compile_all(args.target, args.dim, args.dtype, args.kernel):
+    for row in compile_all(args.target, args.dim, args.dtype, args.kernel, args.heads):
         print("| " + " | ".join(str(x) for x in row) + " |", flush=True)
         problems += filter(None, [row.problem()])
     for problem in problems:

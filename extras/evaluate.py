@@ -12,8 +12,8 @@
         --methods dense dense-ntk streaming:rope_clip=768 hip:rope_clip=4096
 
 Prints Markdown tables, or --json.  Each result is kept in --out as soon as it is there, so that a command
-goes on where it was interrupted.  METHODS below names the methods; `hip:beam=1,top_k=256` is one of them with
-other fields of HiPConfig.
+goes on where it was interrupted.  METHODS below names the methods; `hip:score=max,top_k=512` is one of them
+with other fields of HiPConfig.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -36,21 +36,16 @@ from typing import NamedTuple
 import measuring
 import torch
 import torch.nn.functional as F
-from measuring import kernels_for, table
+from measuring import OutOfTime, kernels_for, read, table
 from tqdm import tqdm
 
 import hip
 from generate import FILLER, NEEDLE, OPENING, QUESTION
 from hip import HiPConfig, Selection
-from model import Context, Llama, Tokenizer, load, no_blocks
+from model import Context, Llama, Tokenizer, load
 
 TEXT_START = 20_000  # tokens of the text that are skipped
 ROWS = 64  # queries of a sample of `coverage`: one query block
-
-
-class OutOfTime(Exception):
-    """A measurement has taken longer than --seconds."""
-
 
 # --- methods -----------------------------------------------------------------------------------------------
 
@@ -73,59 +68,56 @@ def exactly(kernels: ModuleType, q, k, cfg, previous=None, **more) -> Selection:
 
 
 def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> Selection:
-    """Decoding: the best of what the prompt's tail chose, for ever.  In a prompt: the search."""
+    """Decoding: the best of what the prompt's end chose, for ever.  In a prompt: the search."""
     if previous is None:
         return kernels.select_blocks(q, k, cfg, rope=rope)
-    (B, H, Tq, _), Tk, old = q.shape, k.shape[2], previous.blocks.flatten(0, 2).long()
-    keys = hip.key_blocks(H, cfg.block_k, cfg.stride_k, k)
-    head = torch.arange(B * H, device=q.device)
-    clip = hip.clipped(q, Tk, cfg, rope)
-    rows, own = hip.search_rows(q, Tk, cfg, clip)
-    scores = hip.block_scores(rows, own.repeat(B * H, 1), keys, head, old.clamp(min=0), cfg, clip)
-    blocks = hip.merge(old.where(old >= 0, hip.NO_BLOCK), scores, cfg.budget).view(B, H, 1, -1)
-    return Selection(blocks.int(), hip.domain(Tq, Tk, cfg, q.device)[1] * cfg.block_k)
+    keys, blocks, M = hip.source(q, (k,), cfg, None, rope), previous.blocks, cfg.budget
+    for _, x in hip.searching_blocks(q, keys, cfg, None):  # the one query block that there is
+        old = blocks.flatten(0, 2).long()  # (G, M or more)
+        old = old.where(old >= 0, hip.NO_BLOCK)
+        scores = hip.score_blocks(x, keys.thin(cfg.stride_k, copy=False), old, cfg)
+        blocks = hip.best_of(old, scores, M).int().view(*blocks.shape[:3], M)
+    return Selection(blocks, hip.domain(1, k.shape[2], cfg, q.device)[1] * cfg.block_k)
 
 
-def tail_alone(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> Selection:
-    """As `from_memory`, but in a prompt nothing is chosen: sink and window, then the dense tail."""
-    if previous is not None:
-        return from_memory(kernels, q, k, cfg, previous, rope=rope)
-    return no_blocks(q, k.shape[2], cfg)
-
-
+PAPER = dict(top_k=512, score="max", per_head=True, dense_tail=0, memory=False)
 METHODS = {  # a new method is a line here
     "dense": Method("dense"),
     "hip": Method(),
-    "paper": Method(fields=dict(block_k=2, stride_k=1, beam=1, dense_layers=3, dense_tail=0, memory=False)),
-    "bare": Method(fields=dict(beam=1, dense_tail=0, memory=False)),  # the paper's search in blocks of 16
+    "paper": Method(fields=PAPER | dict(block_k=2, stride_k=1, dense_layers=3)),
+    "bare": Method(fields=PAPER),  # the paper's search in blocks of 16
     "streaming": Method("streaming"),
     "random": Method(select=at_random),
     "oracle": Method(select=exactly),
     "snapshot": Method(select=from_memory),  # memory without search: decoding keeps to the tail's snapshot
     # more, by name only
-    "snapshot-only": Method(select=tail_alone),
     "no-memory": Method(fields=dict(memory=False)),
     "no-tail": Method(fields=dict(dense_tail=0)),
     "dense-ntk": Method("dense", ntk=True),
     "hip-ntk": Method(ntk=True),
 }
 DEFAULT = list(METHODS)[:8]
-SWEEP = {
-    "top_k": (256, 1024), "block_k": (4, 8, 32), "stride_q": (1, 4, 8), "stride_k": (1, 4), "beam": (1, 4),
-    "representative": ("first", "last"), "dense_layers": (1, 3), "refresh_interval": (1, 4, 16),
+SWEEP = dict(
+    top_k=(256, 512, 2048), block_q=(16, 32, 128), block_k=(8, 32), stride_q=(1, 4, 8), stride_k=(1, 4)
+)
+SWEEP |= dict(score=("max",), per_head=(True,), representative=("first", "last"))
+SWEEP |= dict(refresh_interval=(1, 4, 16), dense_tail=(0, 16))
+IDLE = {  # where a field shows nothing: a refresh in a prompt, a dense tail there or in one query block
+    "perplexity": ("refresh_interval", "dense_tail"),
+    "coverage": ("refresh_interval", "dense_tail", "block_q"),
 }
 
 
 def resolve(name: str, base: HiPConfig) -> tuple[Method, HiPConfig]:
-    """The method and the config that "hip" or "hip:beam=1,top_k=256" stands for."""
+    """The method and the config that "hip" or "hip:score=max,top_k=512" stands for."""
     name, _, items = name.partition(":")
     if name not in METHODS:
         raise ValueError(f"a method must be one of {', '.join(METHODS)}, not {name!r}")
-    cfg = measuring.configure(base, [f"{field}={value}" for field, value in METHODS[name].fields.items()])
+    cfg = replace(base, **METHODS[name].fields)
     return METHODS[name], measuring.configure(cfg, items.split(",") if items else [])
 
 
-def open_context(model: Llama, name: str, capacity: int, base: HiPConfig) -> Context:
+def open_context(model: Llama, name: str, base: HiPConfig, capacity: int) -> Context:
     """An empty context that attends by the method."""
     torch.manual_seed(0)  # of the random blocks
     method, cfg = resolve(name, base)
@@ -136,31 +128,16 @@ def open_context(model: Llama, name: str, capacity: int, base: HiPConfig) -> Con
     return Context(model, capacity, cfg, method.attention, kernels)
 
 
-def read(context: Context, tokens: torch.Tensor, seconds: float) -> Iterator[torch.Tensor]:
-    """Read a prompt (1, T); yields hidden states chunk by chunk.  OutOfTime when that takes too long."""
-    started = time.monotonic()
-    with tqdm(total=tokens.shape[1], unit="token", leave=False) as bar:
-        for hidden in context.prefill(tokens):
-            bar.update(hidden.shape[1])
-            if time.monotonic() - started > seconds:
-                raise OutOfTime
-            yield hidden
-
-
 # --- perplexity --------------------------------------------------------------------------------------------
 
 
 def losses(context: Context, tokens: list[int], one_by_one: int, seconds: float) -> torch.Tensor:
     """Loss of every token but the first, (T - 1,); the last `one_by_one` are read by decoding."""
-    text, start, parts = torch.tensor([tokens], device=context.model.device), 0, []
-    body = len(tokens) - one_by_one
-    steps = (context.decode(text[:, i : i + 1]) for i in range(body, len(tokens) - 1))
-    for hidden in itertools.chain(read(context, text[:, :body], seconds), steps):
-        targets = text[0, start + 1 : start + 1 + hidden.shape[1]]
-        start += hidden.shape[1]
-        for h, t in zip(hidden[0, : len(targets)].split(1024), targets.split(1024), strict=True):
-            parts.append(F.cross_entropy(context.model.logits(h), t, reduction="none").cpu())
-    return torch.cat(parts)
+    text, body = torch.tensor([tokens], device=context.model.device), len(tokens) - one_by_one
+    hidden = [read(context, text[:, :body], seconds)]
+    hidden = torch.cat(hidden + [context.decode(text[:, i : i + 1]) for i in range(body, text.shape[1])], 1)
+    pairs = zip(hidden[0, :-1].split(1024), text[0, 1:].split(1024), strict=True)
+    return torch.cat([F.cross_entropy(context.model.logits(h), t, reduction="none").cpu() for h, t in pairs])
 
 
 def perplexity(context: Context, text: list[int], options: argparse.Namespace) -> dict:
@@ -169,8 +146,10 @@ def perplexity(context: Context, text: list[int], options: argparse.Namespace) -
         loss = losses(context, text, options.steps, options.seconds)[-options.steps :]
         return {"perplexity": float(loss.mean().exp())}
     loss = F.pad(losses(context, text, 0, options.seconds), (1, 0), value=math.nan)  # (T,)
-    return {"perplexity": float(loss.nanmean().exp()),
-            "segments": [float(x.nanmean().exp()) for x in loss.split(options.segment)]}
+    return {
+        "perplexity": float(loss.nanmean().exp()),
+        "segments": [float(x.nanmean().exp()) for x in loss.split(options.segment)],
+    }
 
 
 # --- needles -----------------------------------------------------------------------------------------------
@@ -178,10 +157,14 @@ def perplexity(context: Context, text: list[int], options: argparse.Namespace) -
 # wordings that dense attention solves at 4,000 tokens, `several` nearly: with names of persons, ordinals
 # or things instead of cities this small model confuses them more
 CITIES = ("Paris", "London", "Tokyo")
-NUMBER = ("\nThe special magic number of {city} is {key}. Remember it. "
-          "{key} is the special magic number of {city}.\n")
-CHANGE = ("\nThe special magic number of {city} has changed. It is now {key}. Remember it. "
-          "{key} is now the special magic number of {city}.\n")
+NUMBER = (
+    "\nThe special magic number of {city} is {key}. Remember it. "
+    "{key} is the special magic number of {city}.\n"
+)
+CHANGE = (
+    "\nThe special magic number of {city} has changed. It is now {key}. Remember it. "
+    "{key} is now the special magic number of {city}.\n"
+)
 ASK = "\n\nWhat is the special magic number of {city}{now}? The special magic number of {city}{now} is"
 OTHER = "\n\nWhat color is the sky? The sky is"
 ANSWER = 8  # tokens in which the five digits must come
@@ -204,8 +187,11 @@ def several(depth: float, a: str, b: str, c: str) -> Task:
     """Three needles, asked for one after another."""
     needles = [NUMBER.format(city=city, key=key) for city, key in zip(CITIES, (a, b, c), strict=True)]
     ask = [ASK.format(city=city, now="") for city in CITIES]
-    return Task([((depth + i / 3) % 1, needle) for i, needle in enumerate(needles)], ask[0],
-                [(0, "", a), (0, "." + ask[1], b), (0, "." + ask[2], c)])
+    return Task(
+        [((depth + i / 3) % 1, needle) for i, needle in enumerate(needles)],
+        ask[0],
+        [(0, "", a), (0, "." + ask[1], b), (0, "." + ask[2], c)],
+    )
 
 
 def late(depth: float, a: str, b: str, c: str) -> Task:
@@ -224,6 +210,7 @@ TASKS = {"passkey": passkey, "several": several, "late": late, "changed": change
 
 def haystack(tokenizer: Tokenizer, tokens: int, task: Task) -> list[int]:
     """A prompt of `tokens` tokens, or a few less: the needles in as much filler as fits."""
+
     def prompt(sentences: int) -> list[int]:
         text = [FILLER[i % len(FILLER)] for i in range(sentences)]
         for depth, needle in sorted(task.needles, reverse=True):  # from the end, or places would move
@@ -235,8 +222,9 @@ def haystack(tokenizer: Tokenizer, tokens: int, task: Task) -> list[int]:
     return prompt(bisect.bisect(range(tokens), False, key=lambda n: len(prompt(n)) > tokens) - 1)
 
 
-def write(context: Context, hidden: torch.Tensor, tokenizer: Tokenizer, count: int, until: str = "",
-          ) -> tuple[str, torch.Tensor]:
+def write(
+    context: Context, hidden: torch.Tensor, tokenizer: Tokenizer, count: int, until: str = ""
+) -> tuple[str, torch.Tensor]:
     """Continue greedily by `count` tokens, or up to a text: (what was written, hidden state)."""
     ids, text = [], ""
     while len(ids) < count and not (until and until in text):
@@ -246,20 +234,24 @@ def write(context: Context, hidden: torch.Tensor, tokenizer: Tokenizer, count: i
     return text, hidden
 
 
-def find(model: Llama, tokenizer: Tokenizer, name: str, base: HiPConfig, tokens: int, depth: float,
-         task: str, trial: int, options: argparse.Namespace) -> dict:
-    """One trial of a task: which answers the model found, and what it said."""
-    dice = random.Random(round(100 * depth) + tokens + 1000 * trial)
-    plan = TASKS[task](depth, *(str(dice.randint(10000, 99999)) for _ in CITIES))
-    prompt = torch.tensor([haystack(tokenizer, tokens, plan)], device=model.device)
+def find(
+    opened: Callable[[int], Context], tokenizer: Tokenizer, tokens: int, case: dict, seconds: float
+) -> dict:
+    """One case, a trial of a task at a depth: which answers were found, and what was said.
+
+    opened: from a capacity to an empty context.
+    """
+    dice = random.Random(round(100 * case["depth"]) + tokens + 1000 * case["trial"])
+    plan = TASKS[case["task"]](case["depth"], *(str(dice.randint(10000, 99999)) for _ in CITIES))
+    prompt = torch.tensor([haystack(tokenizer, tokens, plan)])
     questions = [tokenizer.encode(question) if question else [] for _, question, _ in plan.turns]
     room = sum(map(len, questions)) + sum(free + ANSWER for free, _, _ in plan.turns)
-    context, found, said = open_context(model, name, prompt.shape[1] + room, base), [], []
-    *_, hidden = read(context, prompt, options.seconds)
+    context, found, said = opened(prompt.shape[1] + room), [], []
+    hidden = read(context, prompt.to(context.model.device), seconds)
     for (free, _, answer), question in zip(plan.turns, questions, strict=True):
         _, hidden = write(context, hidden, tokenizer, free)
         for token in question:
-            hidden = context.decode(torch.tensor([[token]], device=model.device))
+            hidden = context.decode(torch.tensor([[token]], device=hidden.device))
         text, hidden = write(context, hidden, tokenizer, ANSWER, answer)
         found.append(answer in text)
         said.append(text)
@@ -270,8 +262,8 @@ def find(model: Llama, tokenizer: Tokenizer, name: str, base: HiPConfig, tokens:
 
 
 def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
-    """Which positions one query block of each head may attend to, but for the causal mask: (H, Tk) bool."""
-    chosen, blocks = selection.blocks[0, :, 0].long(), -(-Tk // cfg.block_k)  # (H, M)
+    """Which positions one query block of each search may attend to, but for the causal mask: (S, Tk) bool."""
+    chosen, blocks = selection.blocks[0, :, 0].long(), -(-Tk // cfg.block_k)  # (S, M)
     chosen = chosen.where(chosen >= 0, blocks)  # padding goes to a block behind the last
     mask = torch.zeros(len(chosen), blocks + 1, device=chosen.device).scatter(1, chosen, 1).bool()
     mask = mask[:, :blocks].repeat_interleave(cfg.block_k, 1)[:, :Tk]
@@ -280,34 +272,40 @@ def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
     return mask
 
 
-def covered(q: torch.Tensor, k: torch.Tensor, name: str, base: HiPConfig,
-            weight: torch.Tensor) -> torch.Tensor:
+def covered(
+    q: torch.Tensor, k: torch.Tensor, name: str, base: HiPConfig, weight: torch.Tensor
+) -> torch.Tensor:
     """Of one query block: share of the exact best blocks that the method finds, and of the mass.  (2, H)"""
     method, cfg = resolve(name, base)
+    select, H = kernels_for(q.device.type).select_blocks, q.shape[1]
     if method.attention == "streaming":  # as Context has it
-        method, cfg = METHODS["snapshot-only"], replace(cfg, window=cfg.window + cfg.top_k)
-    kernels = kernels_for(q.device.type)
-    chosen = (partial(method.select, kernels) if method.select else kernels.select_blocks)(q, k, cfg)
-    best = hip.oracle_blocks(q, k, cfg).blocks[0, :, 0]  # (H, M)
+        cfg = replace(cfg, window=cfg.window + cfg.top_k)
+        chosen = hip.no_blocks(q, k.shape, cfg)
+    else:
+        chosen = (partial(method.select, None) if method.select else select)(q, k, cfg)
+    best = hip.oracle_blocks(q, k, cfg).blocks[0, :, 0]  # (S, M)
     found = (best[:, :, None] == chosen.blocks[0, :, :1]).any(-1) & (best >= 0)
-    return torch.stack([found.sum(1) / (best >= 0).sum(1), (weight * seen(chosen, cfg, k.shape[2])).sum(1)])
+    # each search serves the query heads of its group
+    shares = found.sum(1) / (best >= 0).sum(1), seen(chosen, cfg, k.shape[2])
+    recall, mask = (x.repeat_interleave(H // len(x), 0) for x in shares)
+    return torch.stack([recall, (weight * mask).sum(1)])
 
 
-def coverage(model: Llama, text: list[int], names: list[str], base: HiPConfig,
-             options: argparse.Namespace) -> dict[str, dict]:
+def coverage(
+    model: Llama, text: list[int], names: list[str], base: HiPConfig, options: argparse.Namespace
+) -> dict[str, dict]:
     """Recall and mass by method, (layers, heads), the mean over query blocks in the text's second half.
 
     The text is read densely, so that all methods choose for the same queries out of the same keys.
     """
-    context, half = open_context(model, "dense", len(text), base), len(text) / 2
+    context, half = open_context(model, "dense", base, len(text)), len(text) / 2
     totals = {name: torch.zeros(2, model.config.layers, model.config.heads) for name in names}
     at = [int(half * (1 + (i + 0.5) / options.samples)) // ROWS * ROWS for i in range(options.samples)]
 
-    def see(layer: int, q: torch.Tensor, _k, _v) -> None:
-        start = context.length - q.shape[2]
-        for p in (p for p in at if start <= p and p + ROWS <= context.length):
-            b_q, b_k = q[:, :, p - start :][:, :, :ROWS], context.k[layer, :, :, : p + ROWS]
-            every = b_k[0].repeat_interleave(q.shape[1] // b_k.shape[1], 0).float()
+    def see(layer: int, q: torch.Tensor, k: torch.Tensor, _v) -> None:
+        for p in at:
+            b_q, b_k = q[:, :, p : p + ROWS], k[:, :, : p + ROWS]
+            every = b_k[0].repeat_interleave(q.shape[1] // k.shape[1], 0).float()
             s = b_q[0].float() @ every.transpose(1, 2) * q.shape[3] ** -0.5  # (H, R, Tk)
             s[:, :, -ROWS:] += torch.full((ROWS, ROWS), -math.inf, device=q.device).triu(1)
             weight = s.softmax(-1).mean(1)  # (H, Tk)
@@ -315,8 +313,7 @@ def coverage(model: Llama, text: list[int], names: list[str], base: HiPConfig,
                 totals[name][:, layer] += covered(b_q, b_k, name, base, weight).cpu() / len(at)
 
     measuring.watch(context, see)
-    for _ in read(context, torch.tensor([text], device=model.device), options.seconds):
-        pass
+    read(context, torch.tensor([text], device=model.device), options.seconds)
     return {name: {"recall": x[0].tolist(), "mass": x[1].tolist()} for name, x in totals.items()}
 
 
@@ -339,6 +336,7 @@ def show_perplexity(records: dict, options: argparse.Namespace) -> None:
 
 def show_needles(records: dict, options: argparse.Namespace) -> None:
     """Share of the answers found and, depth by depth, whether all (x), some (o) or none (-) were."""
+
     def shares(tokens: int, name: str, task: str) -> list[float]:
         """Of each depth."""
         runs = {x: [records[tokens, name, task, x, i] for i in range(options.trials)] for x in options.depths}
@@ -348,8 +346,8 @@ def show_needles(records: dict, options: argparse.Namespace) -> None:
     for tokens, name in itertools.product(options.tokens, options.methods):
         by_depth = {task: shares(tokens, name, task) for task in options.tasks}
         mean = {task: fmean(x) for task, x in by_depth.items()}
-        cells = ["not run" if math.isnan(x) else f"{x:.2f} " + "".join(
-            {0: "-", 1: "x"}.get(share, "o") for share in by_depth[task]) for task, x in mean.items()]
+        marks = {task: "".join({0: "-", 1: "x"}.get(x, "o") for x in each) for task, each in by_depth.items()}
+        cells = ["not run" if math.isnan(x) else f"{x:.2f} {marks[task]}" for task, x in mean.items()]
         ran = {task: x for task, x in mean.items() if not math.isnan(x)}
         if ran:
             worst = min(ran, key=ran.get)
@@ -360,15 +358,19 @@ def show_needles(records: dict, options: argparse.Namespace) -> None:
     for task in options.tasks:
         panels = {name: [shares(tokens, name, task) for tokens in options.tokens] for name in options.methods}
         panels = {name: [list(column) for column in zip(*rows, strict=True)] for name, rows in panels.items()}
-        draw(f"{options.out}/{task}.png", f"{task}: share of the answers found", panels,
-             ("tokens", options.tokens), ("depth", options.depths))
+        title = f"{task}: share of the answers found"
+        axes = ("tokens", options.tokens), ("depth", options.depths)
+        draw(f"{options.out}/{task}.png", title, panels, *axes)
 
 
 def show_coverage(records: dict, options: argparse.Namespace) -> None:
     """Mean, worst layer and worst head of each method, then the mass by layer."""
     for tokens in options.tokens:
-        results = {name: (torch.tensor(x["recall"]), torch.tensor(x["mass"]))  # (layers, heads) both
-                   for (T, name), x in records.items() if T == tokens and "mass" in x}
+        results = {
+            name: (torch.tensor(x["recall"]), torch.tensor(x["mass"]))  # (layers, heads) both
+            for (T, name), x in records.items()
+            if T == tokens and "mass" in x
+        }
         if not results:
             print(f"\n{tokens:,} tokens: not run")
             continue
@@ -376,8 +378,8 @@ def show_coverage(records: dict, options: argparse.Namespace) -> None:
         for name, (recall, mass) in results.items():
             worst = [f"{x.mean(1).min():.3f} (layer {int(x.mean(1).argmin())})" for x in (recall, mass)]
             layer, head = divmod(int(mass.argmin()), mass.shape[1])
-            rows.append([name, f"{recall.mean():.3f}", worst[0], f"{mass.mean():.3f}", worst[1],
-                         f"{mass.min():.3f} (layer {layer}, head {head})"])
+            cells = [f"{recall.mean():.3f}", worst[0], f"{mass.mean():.3f}", worst[1]]
+            rows.append([name, *cells, f"{mass.min():.3f} (layer {layer}, head {head})"])
         print(f"\n{tokens:,} tokens\n")
         print(table(["method", "recall", "worst layer", "mass", "worst layer", "worst head"], rows))
         layers = {name: mass.mean(1) for name, (_, mass) in results.items()}
@@ -386,9 +388,10 @@ def show_coverage(records: dict, options: argparse.Namespace) -> None:
         if {"hip", "random"} <= layers.keys():
             more = int((layers["hip"] > layers["random"]).sum())
             print(f"\nhip covers more mass than random blocks in {more} of {len(rows)} layers")
-        draw(f"{options.out}/coverage-{tokens}.png", f"attention mass covered, {tokens:,} tokens",
-             {name: mass.tolist() for name, (_, mass) in results.items()},
-             ("head", range(mass.shape[1])), ("layer", range(len(rows))))
+        title = f"attention mass covered, {tokens:,} tokens"
+        panels, axes = {name: mass.tolist() for name, (_, mass) in results.items()}, ("head", "layer")
+        axes = [(name, range(n)) for name, n in zip(axes, reversed(mass.shape), strict=True)]
+        draw(f"{options.out}/coverage-{tokens}.png", title, panels, *axes)
 
 
 def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y: tuple[str, list]) -> None:
@@ -396,8 +399,9 @@ def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y:
     plt, across = measuring.pyplot(), min(4, len(panels))
     down = -(-len(panels) // across)
     width, height = max(2.2, 0.4 * len(x[1])), max(2.0, 0.25 * len(y[1]) + 0.7)
-    figure, axes = plt.subplots(down, across, figsize=(width * across + 1, height * down + 0.5),
-                                squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        down, across, figsize=(width * across + 1, height * down + 0.5), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (name, grid) in zip(axes.flat, panels.items(), strict=False):
@@ -442,9 +446,7 @@ def settle(options: argparse.Namespace, base: HiPConfig) -> None:
     options.tasks = ["passkey"] if options.measure == "passkey" else options.tasks
     names = options.methods or (DEFAULT if options.sweep is None else ["hip"])
     if options.sweep is not None:
-        # a refresh shows only where tokens are decoded; dense layers choose nothing
-        idle = {"perplexity": ("refresh_interval",), "coverage": ("refresh_interval", "dense_layers")}
-        swept = options.sweep or [field for field in SWEEP if field not in idle.get(options.measure, ())]
+        swept = options.sweep or [field for field in SWEEP if field not in IDLE.get(options.measure, ())]
         names = [*names, *(f"hip:{field}={value}" for field in swept for value in SWEEP[field])]
     if options.measure == "coverage":  # dense attention has everything, memory is of decoding
         names = [name for name in names if not name.startswith(("dense", "snapshot"))]
@@ -468,36 +470,36 @@ def main() -> None:
     base = measuring.configure(HiPConfig(), options.set)
     settle(options, base)
     model, tokenizer = load(options.model, getattr(torch, options.dtype or "", None), options.device)
-    results = measuring.Results(options.out, "evaluate", options.device, model=options.model,
-                                dtype=str(model.dtype))
+    common = dict(model=options.model, dtype=str(model.dtype))
+    results = measuring.Results(options.out, "evaluate", options.device, **common)
     # a job measures one method, but for coverage, which reads the text once for all
-    groups, cases, details, text = [[name] for name in options.methods], [{}], {}, []
     kind = "needles" if options.measure == "passkey" else options.measure
+    groups = [options.methods] if kind == "coverage" else [[name] for name in options.methods]
+    cases, text = [{}], []
     if kind == "needles":
-        cases = [dict(task=task, depth=depth, trial=i) for task in options.tasks for depth in options.depths
-                 for i in range(options.trials)]
+        cases = itertools.product(options.tasks, options.depths, range(options.trials))
+        cases = [dict(zip(("task", "depth", "trial"), case, strict=True)) for case in cases]
     else:
         text = measuring.natural_text(tokenizer, max(options.tokens), TEXT_START)
-        detail = {"perplexity": "segment", "decoding": "steps", "coverage": "samples"}[kind]
-        details = {detail: getattr(options, detail)}
-    if kind == "coverage":
-        groups = [options.methods]
+    detail = {"perplexity": "segment", "decoding": "steps", "coverage": "samples"}.get(kind)
+    details = {detail: getattr(options, detail)} if detail else {}
 
     def measure(tokens: int, names: list[str], case: dict) -> dict[str, dict]:
         if kind == "coverage":
             return coverage(model, text[:tokens], names, base, options)
         (name,) = names
         if kind == "needles":
-            return {name: find(model, tokenizer, name, base, tokens, **case, options=options)}
-        return {name: perplexity(open_context(model, name, tokens, base), text[:tokens], options)}
+            opened = partial(open_context, model, name, base)
+            return {name: find(opened, tokenizer, tokens, case, options.seconds)}
+        return {name: perplexity(open_context(model, name, base, tokens), text[:tokens], options)}
 
     records, jobs = {}, list(itertools.product(options.tokens, groups, cases))
     for tokens, names, case in tqdm(jobs, desc=options.measure):
-        settings = {name: dict(measure=kind, tokens=tokens, method=name, config=vars(resolve(name, base)[1]),
-                               **case, **details) for name in names}
+        same = dict(measure=kind, tokens=tokens) | case | details
+        settings = {name: same | dict(method=name, config=vars(resolve(name, base)[1])) for name in names}
         old = {name: results.get(**settings[name]) for name in names}
-        missing = [name for name, record in old.items()
-                   if record is None or record.get("gave_up", math.inf) < options.seconds]
+        again = options.seconds  # what was given up in less time
+        missing = [x for x, record in old.items() if not record or record.get("gave_up", math.inf) < again]
         started = time.monotonic()
         try:
             new = measure(tokens, missing, case) if missing else {}

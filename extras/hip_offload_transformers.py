@@ -10,8 +10,8 @@ any other attention that touches the handle ends in a sentence.  Each row of a b
 of its own in each layer, made with the first tokens, when sizes, dtype and device are known.  Padding is not
 stored.  Layers with a sliding window of their own keep that window, as the library does it.
 
-A prompt's tail and `dense_layers` read everything from the store, a piece at a time.  What one call adds to a
-layer is on the device until that layer has stored it: `prefill_chunk_size` bounds how much.
+While a layer reads a prompt, its keys and values are on the device, all of them; then they are written, once.
+For another piece of a prompt all that it has is brought in again, and in `dense_layers` at every step.
 
 Refused: any attention but HiP's, more tokens than the cache was made for, other rows, padding, settings or
 model than it began with, beam and assisted search, `crop`, copies, going on where an error cut a call short.
@@ -20,7 +20,7 @@ model than it began with, beam and assisted search, `crop`, copies, going on whe
 from __future__ import annotations
 
 import torch
-from hip_transformers import HiPConfig, hip, not_compiled
+from hip_transformers import HiPConfig, hip, kernels, not_compiled
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -33,8 +33,14 @@ class HiPOffloadedCache(DynamicCache):
     row by itself.  `reset()` empties it for another text.  ValueError when it cannot be.
     """
 
-    def __init__(self, config: PreTrainedConfig, max_tokens: int, store: str = "host",
-                 folder: str | None = None, resident_tokens: int | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_tokens: int,
+        store: str = "host",
+        folder: str | None = None,
+        resident_tokens: int | None = None,
+    ):
         if type(max_tokens) is not int or max_tokens < 1:
             raise ValueError(f"max_tokens must be a whole number of at least 1, not {max_tokens!r}")
         super().__init__(config=config)
@@ -87,8 +93,10 @@ class OffloadedLayer(DynamicLayer):
         return self.max_tokens
 
     def refuse(self, *args, **kwargs):
-        raise ValueError("HiPOffloadedCache can do no beam search, assisted generation, crop or copy: "
-                         "use a cache of the library")
+        raise ValueError(
+            "HiPOffloadedCache can do no beam search, assisted generation, crop or copy: "
+            "use a cache of the library"
+        )
 
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = __reduce_ex__ = refuse
 
@@ -105,16 +113,17 @@ class Stored:
         self.rows, self.new, self.hip_memory = [], None, None
 
     def __getattr__(self, name: str):
-        raise ValueError('HiPOffloadedCache can be read by attn_implementation="hip" alone: '
-                         "set that, or use another cache")
+        raise ValueError(
+            'HiPOffloadedCache can be read by attn_implementation="hip" alone: set that, or use another cache'
+        )
 
     @property
     def length(self) -> int:
         """Tokens read, with padding."""
         return self.hip_memory[0][2] if self.hip_memory else 0
 
-    def append(self, query: Tensor, mask: Tensor | None, cfg: HiPConfig, good: bool) -> None:
-        """Store what is new.  query (B, H, Tq, D), mask (B, T), cfg: as in `attention`.
+    def begin(self, query: Tensor, mask: Tensor | None, cfg: HiPConfig, good: bool) -> tuple[Tensor, Tensor]:
+        """What is new, when it fits what is here.  query (B, H, Tq, D), mask (B, T), cfg: as in `attention`.
 
         good: whether what `attention` remembers is of the same layer and settings, and as long.  ValueError,
         with nothing written, if it must be and is not.
@@ -124,25 +133,29 @@ class Stored:
         if not self.rows:
             shape = 1, 1, Hkv, self.max_tokens, D
             try:
+                cache = kernels(k.device).OffloadedKVCache
                 with torch.inference_mode(False):  # tensors made in that mode cannot be written outside
-                    self.rows = [hip.OffloadedKVCache(shape, H, cfg, k.dtype, k.device, *self.settings)
-                                 for _ in range(B)]
+                    self.rows = [cache(shape, H, cfg, k.dtype, k.device, *self.settings) for _ in range(B)]
             except ValueError as error:
                 raise ValueError(f"{error} (for one layer of one row)") from error
         elif not good:
-            raise ValueError("this cache was begun with other settings or another model, or an error cut a "
-                             "call with it short: reset() it, or make a new one")
+            raise ValueError(
+                "this cache was begun with other settings or another model, or an error cut a "
+                "call with it short: reset() it, or make a new one"
+            )
         stored = [row.length[0] for row in self.rows]
         expected = [self.length] * B if mask is None else mask[:, :-Tq].sum(1).tolist()
         if stored != expected:
-            raise ValueError(f"the cache holds rows of {stored} tokens, and not {expected}: go on with the "
-                             "same rows and an attention_mask that hides the same padding")
+            raise ValueError(
+                f"the cache holds rows of {stored} tokens, and not {expected}: go on with the "
+                "same rows and an attention_mask that hides the same padding"
+            )
         self.hip_memory = None  # until `attention` has come to its end
-        for b, row in enumerate(self.rows):
-            real = slice(None) if mask is None else mask[b, -Tq:]
-            row.append(0, k[b : b + 1, :, real], v[b : b + 1, :, real])
+        return k, v
 
-    def row(self, b: int) -> tuple[hip.Paged, ...]:
-        """Keys for the search, keys, and values of a row, as if they were (1, Hkv, T, D) tensors."""
-        store = self.rows[b]
-        return store.search_keys(0), store.keys(0), store.values(0)
+    def add(self, b: int, k: Tensor, v: Tensor, whole: bool) -> list[Tensor] | list[hip.Pages]:
+        """Store a row's next k, v (1, Hkv, n, D).  Returns all that it then has: whole, or as pages."""
+        row = self.rows[b]
+        past = [torch.cat(x, 2) for x in zip(row.read(0), (k, v), strict=True)] if whole else None
+        row.append(0, k, v)
+        return past or [row.layer(0)] * 2

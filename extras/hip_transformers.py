@@ -7,8 +7,9 @@
     model.config.hip = HiPConfig(top_k=1024)  # may be missing, or a dict, which config.json can hold
     print(tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=100)[0]))
 
-The rows of a batch are read as by `model.py`, one by one, cut to their real tokens.  Each chunk of a prompt
-has a dense tail, for nobody says which is the last.  Layers with a sliding window of their own keep it.
+The rows of a batch are read as by `model.py`, one by one, cut to their real tokens.  Each piece of a prompt
+has a dense tail, for nobody says which is the last, so pieces of `dense_tail` or fewer tokens are dense.
+Layers with a sliding window of their own keep it.
 
 The library hands over keys and values, but no cache.  The keys *are* what the cache holds, though, be it a
 tensor or the handle of hip_offload_transformers.py: what a layer remembers of a generation is an attribute of
@@ -16,7 +17,7 @@ that, where a hook finds it before the next call.  It dies with the cache.  What
 (beam search reorders, `crop` cuts) leaves a new tensor without it, and the next step searches afresh.
 
 Refused: gradients, dropout, bidirectional, cross and chunked attention, masks and biases of one's own, sinks,
-soft-caps, packed sequences, paged caches, assisted generation, prefill in chunks of `dense_tail` or less.
+soft-caps, packed sequences, paged caches.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hip  # noqa: E402
 from hip import HiPConfig  # noqa: E402
-from model import MEMORY_QUERIES, first_memory  # noqa: E402
+from model import MEMORY_QUERIES, cut, first_memory  # noqa: E402
 
 try:
     import transformers
@@ -71,34 +72,30 @@ def kernels(device: torch.device) -> ModuleType:
     return importlib.import_module("hip_triton" if fast else "hip")
 
 
-def read(row: tuple, q: Tensor, past: tuple, cfg: HiPConfig, scale: float | None, dense: int | None) -> tuple:
+def read(row: tuple | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | None, dense: bool) -> tuple:
     """Attention of a row, q (1, H, Tq, D) at the end of T tokens, as model.py's `Context` does it: (o, row).
 
-    row: what decoding remembers: the prompt's last queries, a selection, steps done.  past: keys and values,
-    before them keys for the search if it has others, (1, Hkv, T, D) tensors or `hip.Paged`.  dense: how many
-    of a prompt's last queries attend densely; None for a decoding step.
+    row: what decoding remembers, a selection and the steps since the prompt; None if this is a prompt.
+    past: keys and values (1, Hkv, T, D), in decoding also an offloaded cache's `hip.Pages`.  dense: whether
+    the layer is.
     """
-    def but_last(n: int) -> list:  # the past without its last n tokens
-        n = past[0].shape[2] - n
-        return [x.first(n) if isinstance(x, hip.Paged) else x[:, :, :n] for x in past]
-
-    (tail, selection, step), (*_, k, v), Tq, out, lib = row, past, q.shape[2], [], kernels(q.device)
-    if dense is None:
-        if step % cfg.refresh_interval == 0:
-            if tail is not None:  # the first memory is the exact selection of the prompt's end
-                selection = first_memory(tail, but_last(1)[0], cfg)
-            selection = lib.select_blocks(q, past[0], cfg, selection if cfg.memory else None)
-        return lib.sparse_attention(q, k, v, selection, cfg, scale=scale), (None, selection, step + 1)
-    tail = (q if tail is None else torch.cat([tail, q], 2))[:, :, -MEMORY_QUERIES:].clone()
-    if (body := Tq - dense) > 0:
-        before = but_last(dense)
-        selection = lib.select_blocks(q[:, :, :body], before[0], cfg)
-        out.append(lib.sparse_attention(q[:, :, :body], *before[-2:], selection, cfg, scale=scale))
-    if dense > 0:
-        q = q[:, :, max(0, body) :]
-        out.append(hip.dense_by_pieces(q, k, v, cfg, scale=scale) if isinstance(k, hip.Paged)
-                   else hip.dense_attention(q, k, v, scale=scale))
-    return torch.cat(out, 2), (tail, None, 0)
+    (k, v), (selection, steps), lib, out = past, row or (None, 0), kernels(q.device), []
+    Tq, T, unit = q.shape[2], k.shape[2], max(cfg.block_q, hip.PIECE * (1 if q.device.type == "cpu" else 8))
+    body = Tq if row else max(0, Tq - cfg.dense_tail)
+    if body and not dense:
+        if body < Tq:
+            k, v = (x[:, :, : T - Tq + body] for x in past)
+        if steps % cfg.refresh_interval == 0:
+            previous = selection if cfg.memory else None
+            selection = lib.select_blocks(q[:, :, :body], k, cfg, previous, scale=scale)
+        out.append(lib.sparse_attention(q[:, :, :body], k, v, selection, cfg, scale=scale))
+    for a, b in [*(cut(0, body, unit) if dense else []), *cut(body, Tq, unit)]:
+        k, v = (x[:, :, : T - Tq + b] for x in past)
+        out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))
+    if row:
+        return torch.cat(out, 2), (selection, steps + 1)
+    selection = first_memory(q[:, :, -MEMORY_QUERIES:], past[0], cfg, scale=scale) if cfg.memory else None
+    return torch.cat(out, 2), (selection, 0)
 
 
 @not_compiled
@@ -109,44 +106,46 @@ def find_memory(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 @not_compiled
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              dropout: float = 0.0, scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
     """The library's attention function: q (B, H, Tq, D), k and v (B, Hkv, T, D), what `mask` returned.
 
     T may exceed the tokens read (static caches).  Returns ((B, Tq, H, D), None).  ValueError: see `refuse`.
     """
-    refuse(module, query, attention_mask, kwargs | dict(dropout=dropout))
+    cfg, Tq, stored = settings(module.config), query.shape[2], not isinstance(key, Tensor)
+    refuse(module, query, attention_mask, kwargs | dict(dropout=dropout, rope_clip=cfg.rope_clip))
     if attention_mask is not None and attention_mask.ndim == 4:  # a sliding window
         own = transformers.AttentionInterface()["sdpa"]
         return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if find_memory not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(find_memory, with_kwargs=True)
     memory, found.memory = getattr(found, "memory", None), None
-    cfg, Tq, stored = settings(module.config), query.shape[2], not isinstance(key, Tensor)
     T = key.length + Tq if stored else key.shape[2]
     T = T if attention_mask is None else attention_mask.shape[1]  # tokens read
     # a memory is good for its own layer and settings, if nothing was read since
-    expected, short, rows = memory or (None, True, [])
-    if not (good := expected == (id(module), cfg, T - Tq)):
-        short, rows = True, [(None, None, 0)] * len(query)
-    prompt, (lo, hi) = Tq > 1 or T == 1, hip.domain(Tq, T, cfg)
-    now_short = prompt and Tq <= cfg.dense_tail
-    if short and now_short and Tq < T and int(hi[-1]) > lo:
-        raise ValueError(f"{Tq} tokens follow a short piece, or a cache that was cut or moved: HiP can do no "
-                         f"assisted generation and no prefill in chunks up to dense_tail={cfg.dense_tail}")
-    dense = T if module.layer_idx < cfg.dense_layers else cfg.dense_tail if prompt else None
-    if stored:
-        key.append(query, attention_mask, cfg, good)
-    rows, out = list(rows), torch.zeros_like(query)  # zeros come out for padding
+    good = memory is not None and memory[0] == (id(module), cfg, T - Tq)
+    rows = list(memory[1]) if good else [(None, 0)] * len(query)
+    prompt, dense = Tq > 1 or T == 1, module.layer_idx < cfg.dense_layers
+    cache, (key, value) = key, key.begin(query, attention_mask, cfg, good) if stored else (key, value)
+    out = torch.zeros_like(query)  # zeros come out for padding
     for b, row in enumerate(rows):
         seen = asked = slice(None)
         if attention_mask is not None and not attention_mask[b].all():
             seen, asked = attention_mask[b], attention_mask[b, -Tq:]
         q = query[b : b + 1, :, asked]
         if q.shape[2]:
-            past = key.row(b) if stored else [x[b : b + 1, :, :T][:, :, seen] for x in (key, value)]
-            out[b : b + 1, :, asked], rows[b] = read(row, q, past, cfg, scaling, dense)
-    key.hip_memory = (id(module), cfg, T), now_short, rows
+            past = [x[b : b + 1, :, :T][:, :, asked if stored else seen] for x in (key, value)]
+            past = cache.add(b, *past, prompt or dense) if stored else past
+            out[b : b + 1, :, asked], rows[b] = read(None if prompt else row, q, past, cfg, scaling, dense)
+    cache.hip_memory = (id(module), cfg, T), rows
     return out.transpose(1, 2), None
 
 
@@ -159,7 +158,7 @@ def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwar
         packed = ((position.diff() < 1) & real[:, 1:] & real[:, :-1]).any()
     for cause, here in {
         **{name: isinstance(x, Tensor) and name not in HARMLESS for name, x in kwargs.items()},
-        "rope_clip, for keys come rotated": settings(module.config).rope_clip,
+        "rope_clip, for keys come rotated": kwargs["rope_clip"],
         "dropout": kwargs["dropout"],
         "gradients (missing: torch.no_grad())": torch.is_grad_enabled() and query.requires_grad,
         "attention that is not causal": False in (getattr(module, "is_causal", 1), kwargs.get("is_causal")),
@@ -174,8 +173,18 @@ def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwar
 
 
 @not_compiled
-def mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, *, config, mask_function,
-         attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs) -> Tensor | None:
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    *,
+    config,
+    mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs,
+) -> Tensor | None:
     """The library's mask function: (B, tokens read) bool, False for padding, or None if all keys are real.
 
     A sliding window's is the library's own (B, 1, Tq, Tk).  ValueError for any other that is not just causal.

@@ -1,4 +1,4 @@
-"""What the commands here share: options, natural text, results kept through interruptions, tables."""
+"""What the commands here share: options, natural text, time and its floors, results that stay, tables."""
 
 from __future__ import annotations
 
@@ -6,17 +6,26 @@ import argparse
 import ast
 import datetime
 import hashlib
+import importlib
 import json
+import math
 import os
 import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics  # CPython's own language reference: long natural text on any machine
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +33,83 @@ sys.path.insert(0, str(ROOT))
 import hip  # noqa: E402
 from hip import HiPConfig  # noqa: E402
 from model import Context, Llama, ModelConfig, Tokenizer  # noqa: E402
+
+# --- options, tables, results ------------------------------------------------------------------------------
+
+
+def options_parser(doc: str) -> argparse.ArgumentParser:
+    """The options that `evaluate.py` and `bench.py` have; a wrong one is a ValueError."""
+
+    def refuse(message: str):  # argparse's own way prints the usage as well
+        raise ValueError(f"{message} (--help lists all options)")
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
+    parser.error, add = refuse, parser.add_argument
+    add("--tokens", type=int, nargs="+", metavar="N", help="lengths of the text")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of HiPConfig, for all")
+    add("--dtype", choices=("float32", "bfloat16", "float16"))
+    add("--device", default="cpu", help="on cuda HiP runs as hip_triton (%(default)s)")
+    add("--out", default="results", metavar="DIR", help="folder of results and pictures (%(default)s)")
+    add("--json", action="store_true", help="print the records, with every single number, instead of tables")
+    return parser
+
+
+def configure(base: HiPConfig, items: list[str]) -> HiPConfig:
+    """The config with the fields that "name=value" items change."""
+    known, changes = [f.name for f in fields(HiPConfig)], {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if name not in known or not equals:
+            raise ValueError(f"a setting must be FIELD=VALUE, FIELD one of {', '.join(known)}, not {item!r}")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return replace(base, **changes)
+
+
+def kernels_for(device: str) -> ModuleType:
+    """hip_triton on a GPU, hip elsewhere."""
+    if not device.startswith("cuda"):
+        return hip
+    if not torch.cuda.is_available():
+        raise ValueError(f"the device {device} cannot be used: torch finds no GPU here")
+    try:
+        return importlib.import_module("hip_triton")
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def other_version(folder: str, device: str) -> tuple[ModuleType, HiPConfig]:
+    """`kernels_for` of another folder, a git worktree of an earlier commit, say; and its default config."""
+    names = ("hip", "hip_triton")
+    if missing := [name for name in names if not (Path(folder) / f"{name}.py").is_file()]:
+        raise ValueError(
+            f"--against must be a folder with hip.py and hip_triton.py; {folder} has no {missing[0]}.py"
+        )
+    ours = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(Path(folder).resolve()))
+    try:
+        config = importlib.import_module("hip").HiPConfig()
+        return kernels_for(device) if device.startswith("cuda") else sys.modules["hip"], config
+    finally:
+        del sys.path[0]
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(ours)
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+
+
+def code_hash(folder: str | Path, *names: str) -> str:
+    """Of what the files do, whatever their comments."""
+    code = "".join(
+        ast.dump(ast.parse((Path(folder) / f"{name}.py").read_text())) for name in sorted({*names})
+    )
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 class Results:
@@ -35,11 +121,13 @@ class Results:
     def __init__(self, folder: str, name: str, device: str, **common: object):
         self.path = Path(folder) / f"{name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        files = sorted({"hip.py", "model.py", f"{kernels_for(device).__name__}.py"})
-        code = "".join(ast.dump(ast.parse((ROOT / file).read_text())) for file in files)  # without comments
-        self.common = {"code": hashlib.sha256(code.encode()).hexdigest()[:12], "torch": torch.__version__,
-                       "python": platform.python_version(), "threads": torch.get_num_threads(),
-                       "device": device_name(device)} | common
+        self.common = common | {
+            "code": code_hash(ROOT, "hip", "model", kernels_for(device).__name__),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "device": device_name(device),
+        }
         self.known, old = {}, self.path.read_text() if self.path.exists() else ""
         for line in old.splitlines():
             try:
@@ -72,52 +160,45 @@ class Results:
             file.write(text)
 
 
-def options_parser(doc: str) -> argparse.ArgumentParser:
-    """The options that both commands have; a wrong one is a ValueError."""
-    def refuse(message: str):  # argparse's own way prints the usage as well
-        raise ValueError(f"{message} (--help lists all options)")
-
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = refuse, parser.add_argument
-    add("--tokens", type=int, nargs="+", metavar="N", help="lengths of the text")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of HiPConfig, for all")
-    add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--device", default="cpu", help="on cuda HiP runs as hip_triton (%(default)s)")
-    add("--out", default="results", metavar="DIR", help="folder of results and pictures (%(default)s)")
-    add("--json", action="store_true", help="print the records, with every single number, instead of tables")
-    return parser
+def table(head: list, rows: list[list]) -> str:
+    """A Markdown table; None is a dash."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join("-" if c is None else str(c) for c in line) + " |" for line in lines)
 
 
-def configure(base: HiPConfig, items: list[str]) -> HiPConfig:
-    """The config with the fields that "name=value" items change."""
-    known, changes = [f.name for f in fields(HiPConfig)], {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if name not in known or not equals:
-            raise ValueError(f"a setting must be FIELD=VALUE, FIELD one of {', '.join(known)}, not {item!r}")
-        try:
-            changes[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changes[name] = value
-    return replace(base, **changes)
+def records_table(rows: list[dict]) -> str:
+    """A Markdown table of rows by column, without the columns that are empty."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    head = [name for name in head if any(row.get(name) is not None for row in rows)]
+    return table(head, [[row.get(name) for name in head] for row in rows])
 
 
-def kernels_for(device: str) -> ModuleType:
-    """hip_triton on a GPU, hip elsewhere."""
-    if not device.startswith("cuda"):
-        return hip
-    if not torch.cuda.is_available():
-        raise ValueError(f"the device {device} cannot be used: torch finds no GPU here")
+def pyplot():
+    """matplotlib's pyplot, without a display."""
     try:
-        import hip_triton
+        import matplotlib
     except ImportError as error:
-        raise ValueError(str(error)) from error
-    return hip_triton
+        raise ValueError("pictures need matplotlib: `pip install matplotlib`") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+def command(main: Callable[[], int | None]) -> int:
+    """Run main: 0 done, 2 an input or a setting is wrong (one line says what), 130 interrupted."""
+    name = Path(sys.argv[0]).name
+    try:
+        return main() or 0
+    except (ValueError, MemoryError, torch.OutOfMemoryError, OSError) as error:
+        print(f"{name}:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+# --- models and texts --------------------------------------------------------------------------------------
 
 
 def natural_text(tokenizer: Tokenizer, tokens: int, skip: int = 0) -> list[int]:
@@ -133,10 +214,9 @@ def natural_text(tokenizer: Tokenizer, tokens: int, skip: int = 0) -> list[int]:
 
 def random_model(dtype: torch.dtype, device: str, **changes: int) -> Llama:
     """Random weights in the shape of the default model, for times where it is not installed."""
-    config = ModelConfig("llama", width=576, layers=30, heads=9, kv_heads=3, head_size=64, hidden=1536,
-                         vocabulary=49152, context=8192, norm_eps=1e-5, rope_theta=1e5, rope_divisor=(),
-                         tied=True)
-    config, g, weights = replace(config, **changes), torch.Generator().manual_seed(0), {}
+    sizes = dict(width=576, layers=30, heads=9, kv_heads=3, head_size=64, hidden=1536, vocabulary=49152)
+    rest = dict(context=8192, norm_eps=1e-5, rope_theta=1e5, rope_divisor=(), tied=True)
+    config, g, weights = ModelConfig("llama", **sizes | rest | changes), torch.Generator().manual_seed(0), {}
     for name, shape in config.shapes().items():
         x = torch.randn(shape, generator=g) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
         weights[name] = x.to(device, dtype)
@@ -148,6 +228,23 @@ def stretched(model: Llama, tokens: int) -> Llama:
     c = model.config
     factor = max(1.0, tokens / c.context) ** (c.head_size / (c.head_size - 2))
     return Llama(replace(c, rope_theta=c.rope_theta * factor), model.weights)
+
+
+class OutOfTime(Exception):
+    """Reading a text takes longer than it may."""
+
+
+def read(context: Context, tokens: torch.Tensor, seconds: float = math.inf, what: str = "") -> torch.Tensor:
+    """Read a prompt (1, T) with a progress bar: hidden states (1, T, C).  OutOfTime after so many seconds."""
+    layers, T, started = context.model.config.layers, tokens.shape[1], time.monotonic()
+    with tqdm(total=T, unit="token", desc=what, leave=False) as bar:
+
+        def progress(layer: int, count: int) -> None:
+            bar.update((layer * T + count) // layers - bar.n)
+            if time.monotonic() - started > seconds:
+                raise OutOfTime
+
+        return context.prefill(tokens, progress=progress)
 
 
 def watch(context: Context, see: Callable) -> None:
@@ -162,33 +259,147 @@ def watch(context: Context, see: Callable) -> None:
     context.attend = seeing
 
 
-def table(head: list, rows: list[list]) -> str:
-    """A Markdown table; None is a dash."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join("-" if c is None else str(c) for c in line) + " |" for line in lines)
+class ScoreTable(hip.Rows):
+    """Block scores (searches, blocks) in place of keys, so that `hip.search` can be watched over them.
+
+    Blocks are one key, which is one number, and queries are 1; a last column is the query's own position.
+    """
+
+    def __init__(self, scores: torch.Tensor):
+        super().__init__((F.pad(scores, (0, 1))[None, :, :, None],), 1)
+        self.asked: list[
+            torch.Tensor
+        ] = []  # round by round, the blocks (searches, branches) that were looked at
+
+    def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+        self.asked.append(blocks)
+        return super().take(head, blocks)
+
+    def search(self, M: int, representative: str = "center") -> torch.Tensor:
+        """The blocks (searches, M), ascending, that a search with M nodes chooses."""
+        fields = dict(block_k=1, stride_k=1, sink=0, window=1, score="max", representative=representative)
+        cfg, q = HiPConfig(top_k=M, **fields), torch.ones(1, self.shape[1], 1, 1)
+        ((_, x),) = hip.searching_blocks(q, self, cfg, 1.0)
+        return hip.search(x, self, cfg)[0]
 
 
-def pyplot():
-    """matplotlib's pyplot, without a display."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: `pip install matplotlib`") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+# --- time --------------------------------------------------------------------------------------------------
 
 
-def command(main: Callable[[], None]) -> int:
-    """Run main: 0 done, 2 an input or a setting is wrong (one line says what), 130 interrupted."""
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-        return 0
-    except (ValueError, MemoryError, torch.OutOfMemoryError, OSError) as error:
-        print(f"{name}:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+def seconds_of(run: Callable, device: str) -> float:
+    if device.startswith("cuda"):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def now(forget: bool = False) -> float:
+    """The time at which the device has done its work.  forget: its peak memory so far."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        if forget:
+            torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter()
+
+
+def graphed(run: Callable) -> Callable:
+    """run as a CUDA graph: a serving loop does not pay Python for every launch."""
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda run=run: graph.replay()  # run keeps alive the tensors that the graph reads
+
+
+def cold_milliseconds(runs: list[Callable], device: str) -> float:
+    """Median time of runs that differ in their inputs, one after the other; the first warms up.
+
+    On a GPU a GiB is written twice before each: no input is in a cache then, and the host has launched the
+    whole run by the time it begins.  What takes seconds runs twice, all else up to 30 times.
+    """
+    flush = torch.empty(2**30 if device.startswith("cuda") else 0, dtype=torch.int8, device=device)
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 31 and sum(times) + times[-1] < 4):
+        flush.zero_().zero_()
+        times.append(seconds_of(runs[len(times) % len(runs)], device))
+    return 1000 * statistics.median(times[1:])
+
+
+def dense_ways(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable]:
+    """Dense causal attention by each of torch's backends that can do this here; the fastest is what counts.
+
+    A single query also as the rows of one product of the query heads that share keys, without any copy.
+    """
+    rows = q[:, :, 0].unflatten(1, (k.shape[1], -1)) if q.shape[2] == 1 else None
+    backends = ("CUDNN", "FLASH", "EFFICIENT") if q.is_cuda else ("",)
+    causal, shared, ways = q.shape[2] == k.shape[2] > 1, q.shape[1] != k.shape[1], {}
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str, gqa: bool) -> torch.Tensor:
+        with sdpa_kernel(getattr(SDPBackend, f"{backend}_ATTENTION")) if backend else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+
+    for backend in backends:
+        for x, kind, gqa in (
+            (q, "", shared),
+            *([(rows, "rows", False)] if rows is not None and shared else []),
+        ):
+            try:  # whether there is such a way shows at the first tokens as well
+                attend(x[:, :, :64], k[:, :, :64], v[:, :, :64], backend, gqa)
+                ways[f"{backend.lower()} {kind}".strip()] = partial(attend, x, k, v, backend, gqa)
+            except RuntimeError:
+                continue
+    return ways
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, int]]:
+    """A matrix product and a copy, and their operations and bytes."""
+    n, length = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(length // dtype.itemsize, device=device, dtype=dtype)
+    y = torch.empty_like(x)
+    return {"product": (lambda: a @ b, 2 * n**3), "copy": (lambda: y.copy_(x), 2 * length)}
+
+
+def floor(need: tuple[float, float], reached: dict[str, float]) -> float:
+    """Least seconds for so many operations and bytes on a machine that reaches these ceilings."""
+    return max(need[0] / reached["product"], need[1] / reached["copy"])
+
+
+def needed(B: int, Tq: int, Tk: int, heads: tuple[int, int, int], cfg: HiPConfig, size: int) -> dict:
+    """Operations, and bytes of memory, that dense attention, search and sparse attention cannot avoid.
+
+    heads: D, H, Hkv; size: bytes of a number.  A pair of query and key costs 2 D operations for q . k, and
+    2 D more where it is attended to.  Dense: all causal pairs; reads q, k, v and writes o, once.  Search:
+    rows that take part times keys of looked-at blocks, and of sink and window by "mass"; reads both, writes
+    the selection.  Sparse: pairs of sink, selection and window; reads q, and keys and values there, writes o.
+    Keys count for every query block and search anew, of sink and window for every key head; but never more
+    than all once, as in prefill.  A search of a single query scores what it remembers as well.
+    """
+    (D, H, Hkv), bk, M = heads, cfg.block_k, cfg.budget
+    S, (lo, hi) = H if cfg.per_head else Hkv, hip.domain(Tq, Tk, cfg)
+    start, n = torch.arange(Tk - Tq, Tk, cfg.block_q), hi - lo  # (NQ,) both
+    rows = (Tk - start).clamp(max=cfg.block_q)
+    taking = -(-rows // cfg.stride_q) * (n > 0)
+    near = start + (rows + 1) / 2 - n * bk  # sink and window of a row, on average
+    rounds = torch.tensor([hip.rounds_of(x, cfg) for x in n.tolist()])
+    known = M if cfg.representative == "center" else 0  # scores of the last round
+    looked = n.where(n <= 2 * M, 2 * M * rounds - known) + (M if Tq == 1 else 0)
+    looked = looked * (bk // cfg.stride_k) * (n > 0)
+    chosen, apart = n.clamp(max=M) * bk, near * (n > 0) * (cfg.score == "mass")
+    queries, keys, token = B * H * Tq * D * size, B * Hkv * Tk * D * size, B * D * size
+    searched = min(keys, token * float((S * looked + Hkv * apart).sum()))
+    attended = min(keys, token * float((S * chosen + Hkv * near).sum()))
+    pairs, operations = Tq * Tk - Tq * (Tq - 1) // 2, 2 * B * H * D
+    searched += queries * float(taking.sum()) / Tq + 4 * B * S * len(n) * M
+    return {
+        "dense": (2 * operations * pairs, 2 * queries + 2 * keys),
+        "search": (operations * float((taking * (looked + apart)).sum()), searched),
+        "sparse": (2 * operations * float((rows * (chosen + near)).sum()), 2 * queries + 2 * attended),
+    }

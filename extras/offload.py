@@ -1,8 +1,8 @@
 """The offloaded cache measured: what stays on the device as a text grows, and a million tokens on disk.
 
     python extras/offload.py table                          # 8k to 1M tokens, one layer, host memory
+    python extras/offload.py table --stores disk --tokens 32768 131072
     python extras/offload.py million --folder DIR           # 30 layers, 23 GB in a file in DIR
-    python extras/offload.py table --device cuda --tokens 32768 131072 524288 --store disk
 
 Attention alone, 9 query and 3 key/value heads, D 64, on synthetic keys with locality: between anchors drawn
 every 64 tokens keys change gradually, plus noise; a query resembles one anchor, or the last query.  Each step
@@ -16,21 +16,28 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from measuring import kernels_for
+from measuring import command, kernels_for, now, records_table
 from tqdm import tqdm
 
 import hip
 from hip import HiPConfig, OffloadedKVCache
 
 H, HKV, D, CHUNK, ANCHOR = 9, 3, 64, 8192, 64
+WARM, ROUNDS = 16, 3  # decoding steps that warm up, and rounds, of which the median counts
+
+# --- a layer on synthetic keys -----------------------------------------------------------------------------
 
 
 def chunk(layer: int, start: int, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (1, HKV, tokens, D) of a layer from token `start`, a multiple of CHUNK, on."""
+
     def anchors(part):
         seed = torch.Generator().manual_seed(9973 * layer + part)
         return torch.randn(1, HKV, CHUNK // ANCHOR, D, generator=seed)
@@ -43,10 +50,8 @@ def chunk(layer: int, start: int, tokens: int, dtype: torch.dtype) -> tuple[torc
     return k[:, :, :tokens].to(dtype), torch.randn(k.shape, generator=noise)[:, :, :tokens].to(dtype)
 
 
-def fill(cache: OffloadedKVCache, layer: int, tokens: int, dtype: torch.dtype) -> None:
-    for start in range(0, tokens, CHUNK):
-        new = chunk(layer, start, min(CHUNK, tokens - start), dtype)
-        cache.append(layer, *(x.to(cache.banks[layer][0].rows[0].device) for x in new))
+def chunks(layer: int, tokens: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return (chunk(layer, i, min(CHUNK, tokens - i), dtype) for i in range(0, tokens, CHUNK))
 
 
 def decoding(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
@@ -65,9 +70,9 @@ def decoding(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[tu
 
 
 class Decoder:
-    """Decoding steps of one layer over some cache: a selection every refresh_interval steps, remembered.
+    """Decoding steps of one layer: a selection every refresh_interval steps, remembered.
 
-    append(k, v) writes a token; past() is then keys for the search, keys, and values.
+    append(k, v) writes a token; past() is then keys and values, or the layer of a cache in place of both.
     """
 
     def __init__(self, cfg: HiPConfig, kernels: ModuleType, append: Callable, past: Callable):
@@ -76,91 +81,142 @@ class Decoder:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.append(k, v)
-        search_keys, keys, values = self.past()
+        keys, values = self.past()
         if self.step % self.cfg.refresh_interval == 0:
-            self.selection = self.kernels.select_blocks(q, search_keys, self.cfg, self.selection)
+            self.selection = self.kernels.select_blocks(q, keys, self.cfg, self.selection)
         self.step += 1
         return self.kernels.sparse_attention(q, keys, values, self.selection, self.cfg)
 
 
 def offloaded_decoder(cache: OffloadedKVCache, layer: int, cfg: HiPConfig, kernels: ModuleType) -> Decoder:
-    return Decoder(cfg, kernels, lambda *new: cache.append(layer, *new),
-                   lambda: (cache.search_keys(layer), cache.keys(layer), cache.values(layer)))
+    return Decoder(cfg, kernels, partial(cache.append, layer), lambda: [cache.layer(layer)] * 2)
 
 
-def resident_decoder(k: torch.Tensor, v: torch.Tensor, length: int, cfg: HiPConfig,
-                     kernels: ModuleType) -> Decoder:
-    """k, v: with room behind the first `length` tokens."""
+def resident_decoder(kv: list[torch.Tensor], length: int, cfg: HiPConfig, kernels: ModuleType) -> Decoder:
+    """kv: keys and values, with room behind the first `length` tokens."""
+
     def append(*new):
         nonlocal length
-        for x, y in zip((k, v), new, strict=True):
+        for x, y in zip(kv, new, strict=True):
             x[:, :, length : length + 1] = y
         length += 1
 
-    return Decoder(cfg, kernels, append, lambda: tuple(x[:, :, :length] for x in (k, k, v)))
+    return Decoder(cfg, kernels, append, lambda: [x[:, :, :length] for x in kv])
 
 
-def resident(layer: int, tokens: int, steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def resident(layer: int, tokens: int, steps: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """All keys and values of a layer, with room for the steps."""
-    out = [torch.empty(1, HKV, tokens + steps, D, dtype=dtype) for _ in "kv"]
-    for start in range(0, tokens, CHUNK):
-        for x, part in zip(out, chunk(layer, start, min(CHUNK, tokens - start), dtype), strict=True):
-            x[:, :, start : start + part.shape[2]] = part
-    return out
+    whole = [torch.cat(x, 2) for x in zip(*chunks(layer, tokens, dtype), strict=True)]
+    return [torch.nn.functional.pad(x, (0, 0, 0, steps)).to(device) for x in whole]
 
 
-def decode(decoder: Decoder, steps: list, wait: Callable[[], None]) -> tuple[list[torch.Tensor], float]:
-    """Outputs of some steps, and milliseconds of each on average, without waiting for the device between."""
-    wait()
-    started = time.perf_counter()
-    outputs = [decoder(*new) for new in steps]
-    wait()
-    return outputs, 1e3 * (time.perf_counter() - started) / len(steps)
+# --- steps of decoding, the ways in turn -------------------------------------------------------------------
 
 
-def hit_rates(cache: OffloadedKVCache) -> list[float]:
-    """Of the search's and of attention's bank."""
-    n = cache.counts()
-    return [n[f"{x}_hits"] / (n[f"{x}_hits"] + n[f"{x}_misses"]) for x in ("search", "attention")]
+class Way(NamedTuple):
+    """A place where keys and values are kept."""
+
+    kept: str
+    step: Callable[[int], torch.Tensor]  # does step i of decoding and returns its output
+    cache: OffloadedKVCache | None = None
+    prefill: float | None = None  # tokens/s
 
 
-def table(options: argparse.Namespace) -> None:
-    cfg, kernels = HiPConfig(), kernels_for(options.device)
-    dtype, wait = torch.float32, lambda: None
-    if kernels is not hip:
-        dtype, wait = torch.bfloat16, torch.cuda.synchronize
-    r, steps = cfg.refresh_interval, options.steps or 64
-    if steps < 3 * r:
-        raise ValueError(f"--steps must be at least {3 * r}, for two runs of {r} to warm up, not {steps}")
-    print("| tokens | on the device | bound | search hits | attention hits | resident ms | offloaded ms "
-          "| ratio |\n" + "| --- " * 8 + "|")
-    for T in options.tokens:
+def one_layer(
+    T: int, steps: int, device: str, stores: Iterable[str], folder: str | None = None
+) -> Iterator[Way]:
+    """Attention of one layer, as above, behind T tokens."""
+    cfg, kernels = HiPConfig(), kernels_for(device)
+    dtype = torch.float32 if kernels is hip else torch.bfloat16
+    new = [[x.to(device) for x in step] for step in decoding(0, T, steps, dtype)]
+    kv = resident(0, T, steps, dtype, device)
+    near = resident_decoder(kv, T, cfg, kernels)
+    yield Way("device", lambda i: near(*new[i]))
+    for store in stores:
         shape = 1, 1, HKV, T + steps, D
-        cache = kernels.OffloadedKVCache(shape, H, cfg, dtype, options.device, options.store, options.folder)
-        fill(cache, 0, T, dtype)
-        k_all, v_all = (x.to(options.device) for x in resident(0, T, steps, dtype))
-        near = resident_decoder(k_all, v_all, T, cfg, kernels)
-        far, times = offloaded_decoder(cache, 0, cfg, kernels), []
-        new = [[x.to(options.device) for x in step] for step in decoding(0, T, steps, dtype)]
-        for i in range(0, steps - r + 1, r):  # a search, and the steps that it serves
-            (wanted, a), (found, b) = (decode(decoder, new[i : i + r], wait) for decoder in (near, far))
-            if not all(map(torch.equal, wanted, found)) or cache.resident_tokens() > cache.bound:
-                raise RuntimeError(f"at {T} tokens a step from {i} to {i + r} differs, or passes the bound")
-            times.append((a, b))
-        # the first two runs compile: a search without and one with memory
-        (a, b), rates = (statistics.median(x) for x in zip(*times[2:], strict=True)), hit_rates(cache)
-        print(f"| {T:,} | {cache.resident_tokens():,} | {cache.bound:,} | {rates[0]:.1%} | {rates[1]:.1%} "
-              f"| {a:.3f} | {b:.3f} | {a / b:.2f} |", flush=True)
+        cache = kernels.OffloadedKVCache(shape, H, cfg, dtype, device, store, folder)
+        cache.append(0, *(x[:, :, :T] for x in kv))
+        far = offloaded_decoder(cache, 0, cfg, kernels)
+        yield Way(store, lambda i, far=far: far(*new[i]), cache)
 
 
-def million(options: argparse.Namespace) -> None:
+def take_turns(T: int, prepared: Iterator[Way], steps: int, seconds: float = 25) -> list[dict]:
+    """Rounds of so many steps behind T tokens, the ways in turn, the first being resident: a row for each.
+
+    prepared: makes the ways one by one, so that it is seen what each holds on a GPU.
+    """
+    ways, held, memory = [], {}, torch.cuda.memory_allocated()
+    for way in prepared:
+        ways.append(way)
+        held[way.kept] = torch.cuda.memory_allocated() - memory
+        memory += held[way.kept]
+    times, peak, moved, outputs = ({way.kept: [] for way in ways} for _ in range(4))
+    for first in (0, *range(WARM, WARM + ROUNDS * steps, steps)):
+        for name, step, cache, _ in ways:
+            counts, memory = Counter(cache and cache.counts()), torch.cuda.memory_allocated()
+            count, started = steps if first else WARM, now(forget=True)
+            outputs[name] += [step(i) for i in range(first, first + count)]
+            times[name].append(1000 * (now() - started) / count)
+            peak[name].append(torch.cuda.max_memory_allocated() - memory + held[name])
+            moved[name].append(Counter(cache and cache.counts()) - counts)
+        if not first:
+            began = now()  # kernels are compiled
+        elif now() - began > seconds:
+            break
+    rows, near = [], ways[0].kept
+    for name, _, cache, prefill in ways:
+        ms = {x: statistics.median(times[x][1:]) for x in (near, name)}
+        equal, n = list(map(torch.equal, outputs[name], outputs[near])), sum(moved[name][1:], Counter())
+        hits = [n[f"{x}_hits"] / max(1, n[f"{x}_hits"] + n[f"{x}_misses"]) for x in ("search", "attention")]
+        row = {
+            "tokens": T,
+            "kept": name,
+            "prefill tokens/s": prefill,
+            "ms a step": ms[name],
+            "of resident": f"{ms[near] / ms[name]:.1%}",
+            "hits: search, attention": ", ".join(f"{x:.1%}" for x in hits) if cache else None,
+            "MB moved a step": n["moved_bytes"] / 1e6 / steps / len(moved[name][1:]) if cache else None,
+            "tokens on the device": cache and cache.resident_tokens(),
+            "bound": cache and cache.bound,
+            "MB on the GPU": max(peak[name]) / 1e6 or None,
+            "equal steps": f"{sum(equal)}/{len(equal)}",
+        }
+        ok = all(equal) and (cache is None or cache.resident_tokens() <= cache.bound)
+        rows.append(row | {"ok": ok, "more": times[name]})
+    return rows
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def cell(x: object) -> object:
+    """A number as tables here show it."""
+    digits = ",.0f" if not isinstance(x, float) or x >= 100 else ".3g"
+    return format(x, digits) if isinstance(x, int | float) else x
+
+
+def rows_table(rows: list[dict]) -> str:
+    hidden = ("ok", "more")
+    return records_table([{x: cell(y) for x, y in row.items() if x not in hidden} for row in rows])
+
+
+def table(options: argparse.Namespace) -> int:
+    rows, steps = [], options.steps or 64
+    for T in tqdm(options.tokens, desc="lengths", leave=False):
+        ways = one_layer(T, WARM + ROUNDS * steps, options.device, options.stores, options.folder)
+        rows += take_turns(T, ways, steps)
+    print(rows_table(rows))
+    return int(not all(row["ok"] for row in rows))
+
+
+def million(options: argparse.Namespace) -> int:
     cfg, dtype, T, layers = HiPConfig(), torch.bfloat16, options.tokens[0], options.layers
-    steps = options.steps or 32
-    cache = OffloadedKVCache((layers, 1, HKV, T + steps, D), H, cfg, dtype, store="disk",
-                             folder=options.folder)
+    steps, shape = options.steps or 32, (options.layers, 1, HKV, options.tokens[0] + (options.steps or 32), D)
+    cache = OffloadedKVCache(shape, H, cfg, dtype, store="disk", folder=options.folder)
     filling = time.perf_counter()
     for layer in tqdm(range(layers), desc="fill", unit="layer", leave=False):
-        fill(cache, layer, T, dtype)
+        for new in chunks(layer, T, dtype):
+            cache.append(layer, *new)
     filled = time.perf_counter()
     new = [decoding(layer, T, steps, dtype) for layer in range(layers)]
     decoders = [offloaded_decoder(cache, layer, cfg, hip) for layer in range(layers)]
@@ -171,44 +227,43 @@ def million(options: argparse.Namespace) -> None:
             outputs.get(layer, []).append(decoders[layer](*new[layer][i]))
         times.append(1e3 * (time.perf_counter() - started))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    r = cfg.refresh_interval
+    r, n = cfg.refresh_interval, cache.counts()
     step = statistics.median(sum(times[i : i + r]) / r for i in range(0, max(1, steps - r + 1), r))
-    rates = hit_rates(cache)
-    print(f"{T:,} tokens in {layers} layers: file of {cache.store.nbytes / 1e9:.1f} GB filled in "
-          f"{filled - filling:.0f} s; {steps} steps at {step:.0f} ms for all layers; on the device "
-          f"{cache.resident_tokens():,} tokens of a layer and head (bound {cache.bound:,}); found there "
-          f"{rates[0]:.1%} of the search's and {rates[1]:.1%} of attention's pages; peak memory of the "
-          f"process {peak / 1e9:.2f} GB")
+    rates = [n[f"{x}_hits"] / (n[f"{x}_hits"] + n[f"{x}_misses"]) for x in ("search", "attention")]
+    print(
+        f"{T:,} tokens in {layers} layers: file of {cache.store.nbytes / 1e9:.1f} GB filled in "
+        f"{filled - filling:.0f} s; {steps} steps at {step:.0f} ms for all layers; on the device "
+        f"{cache.resident_tokens():,} tokens of a layer and head (bound {cache.bound:,}); found there "
+        f"{rates[0]:.1%} of the search's and {rates[1]:.1%} of attention's pages; peak memory of the "
+        f"process {peak / 1e9:.2f} GB"
+    )
     for layer, found in outputs.items():
-        decoder = resident_decoder(*resident(layer, T, steps, dtype), T, cfg, hip)
+        decoder = resident_decoder(resident(layer, T, steps, dtype, "cpu"), T, cfg, hip)
         same = [torch.equal(o, decoder(*step)) for o, step in zip(found, new[layer], strict=True)]
         print(f"layer {layer}: {sum(same)} of {len(same)} steps equal the all-resident ones bit for bit")
         if not all(same):
-            sys.exit(1)
+            return 1
+    return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "million"))
-    parser.add_argument("--tokens", type=int, nargs="+", help="lengths (8k to 1M; 1M)")
-    parser.add_argument("--layers", type=int, default=30, help="of million (%(default)s)")
-    parser.add_argument("--steps", type=int, help="decoding steps (64; 32)")
-    parser.add_argument("--store", choices=("host", "disk"), default="host", help="of table (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="of table (%(default)s)")
-    parser.add_argument("--folder", help="for the file on disk (the system's temporary folder)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("what", choices=("table", "million"))
+    add("--tokens", type=int, nargs="+", metavar="N", help="lengths (8k to 1M; 1M)")
+    add("--layers", type=int, default=30, help="of million (%(default)s)")
+    add("--steps", type=int, help="decoding steps: of a round of table (64), of million (32)")
+    add("--stores", nargs="+", choices=("host", "disk"), default=["host"], help="of table (host)")
+    add("--device", default="cpu", help="of table (%(default)s)")
+    add("--folder", help="for the file on disk (the system's temporary folder)")
     options = parser.parse_args()
     lengths = [2**n for n in range(13, 21)] if options.what == "table" else [1_000_000]
     options.tokens = options.tokens or lengths
-    try:
-        (table if options.what == "table" else million)(options)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"offload.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if min(options.tokens) < CHUNK:
+        raise ValueError(f"--tokens must be at least {CHUNK}, not {min(options.tokens)}")
+    return (table if options.what == "table" else million)(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

