@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATHERED = 16384  # keys that are gathered at a time, so that they stay in a CPU's cache
+GATHERED = 32768  # keys that are gathered at a time, so that they stay in a CPU's cache
 PIECE = 512  # queries of a head that are worked on at a time, at most, or one query block
 NO_BLOCK = 2**31 - 1  # padding: later than every query, so masked, and sorts last; leaves this file as -1
 LOWEST = torch.finfo(torch.float32).min  # least score of a real block, above the -inf of what is none
@@ -270,7 +270,7 @@ def seen_anyway(x: QueryBlocks, keys: Rows | Pages, cfg: HiPConfig) -> Tensor:
         blocks = sink_and_window(x, x.hi * cfg.block_k, keys.shape[2], cfg)
         tokens, b_k, *_ = gather(x, keys, blocks, cfg)  # (G, C * n), (G, C * n, D)
         s = x.q * x.scale @ b_k.float().transpose(1, 2)  # (G, R, C * n)
-        seen = s.masked_fill_(tokens[:, None] > x.at[:, :, None], -math.inf).logsumexp(2)
+        seen = s.masked_fill_(later(x, tokens), -math.inf).logsumexp(2)
     return seen.masked_fill(x.at >= keys.shape[2], math.inf)
 
 
@@ -328,14 +328,14 @@ def sparse_attention(
         chosen = chosen.where(chosen >= 0, NO_BLOCK)
         always = sink_and_window(x, start[i].repeat_interleave(B * S), keys.shape[2], cfg)
         tokens, b_k, b_v = gather(x, keys, torch.cat([chosen, always], 1), cfg)  # (G, C * n), twice (.., D)
-        # causal mask, for speed from where it is needed on: what was chosen is past for all rows, or padding
-        edge = 0 if (chosen == NO_BLOCK).any() else chosen.shape[1] * bk
-        mask = q.new_zeros(len(chosen), 1, R, tokens.shape[1])  # added to the scores; the same for all heads
-        mask[..., edge:].masked_fill_(tokens[:, None, None, edge:] > x.at[:, None, :R, None], -math.inf)
-        b_q, b_k, b_v = x.q.unflatten(1, (-1, R)).to(q.dtype), b_k.to(q.dtype)[:, None], b_v[:, None]
-        o = F.scaled_dot_product_attention(
-            b_q, b_k, b_v, mask, scale=x.scale, enable_gqa=True
-        )  # (G, H / S, R, D)
+        unseen = later(x, tokens)[:, None]  # (G or 1, 1, R, C * n)
+        mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -math.inf)  # added to the scores
+        b_q, b_k, b_v = (
+            x.q.to(q.dtype)[:, None],
+            b_k.to(q.dtype)[:, None],
+            b_v[:, None],
+        )  # rows as of one head
+        o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (G, 1, R, D)
         out[:, :, :, i] = o.view(-1, B, S, H // S, R, D).movedim(0, 3)
     return out.view(B, H, NQ * R, D)[:, :, :Tq]
 
@@ -411,6 +411,16 @@ def searching_blocks(
             x = query_blocks(q, keys, i, S, cfg, stride=cfg.stride_q, scale=scale)
             x = x._replace(hi=hi[i].repeat_interleave(len(q) * S))
             yield i, x._replace(seen=seen_anyway(x, keys, cfg))
+
+
+def later(x: QueryBlocks, tokens: Tensor) -> Tensor:
+    """The causal mask: which tokens (G, C * n) are later than which rows, (G, R, C * n), or padding.
+
+    Where query blocks differ in what is past for all of their rows alone, one mask, G = 1, is enough.
+    """
+    behind = (tokens - x.at[:, :1]).clamp(min=0)  # by how much a token is later than the first row
+    behind = behind[:1] if (behind == behind[:1]).all() else behind
+    return behind[:, None] > (x.at - x.at[:, :1])[: len(behind), :, None]
 
 
 def of_run(blocks: Tensor, i: slice) -> Tensor:
