@@ -843,7 +843,7 @@ def test_an_offloaded_cache_changes_no_bit_of_any_step(run, case, store, spare, 
 
 
 class Decoding(stateful.RuleBasedStateMachine):
-    """An offloaded cache of two heads, and beside it the pages of each that should be near.  (The test below.)"""
+    """An offloaded cache of two heads, and beside it the pages of each that should be near (test below)."""
 
     CFG = HiPConfig(top_k=8, block_k=4, block_q=16, sink=3, window=1, refresh_interval=1)
     SHAPE, run = (1, 1, 2, 70, 32), None
@@ -1018,7 +1018,8 @@ def test_hip_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
     if not GPU:
         with pytest.raises(ValueError, match="interpreter is wrong in bfloat16"):
             kernels.select_blocks(y.bfloat16(), y.bfloat16(), SMALL)
-    code = "import torch, hip, hip_triton as t; x = torch.zeros(1, 1, 4, 64); t.hip_attention(x, x, x, hip.HiPConfig())"
+    code = "import torch, hip, hip_triton as t; x = torch.zeros(1, 1, 4, 64); "
+    code += "t.hip_attention(x, x, x, hip.HiPConfig())"
     assert "ValueError: q must be on a GPU" in apart("-c", code).stderr
     code = "import sys; sys.modules['triton'] = None; import hip_triton"
     assert "ImportError: hip_triton needs Triton: `pip install triton`" in apart("-c", code).stderr
