@@ -321,6 +321,7 @@ def sparse_attention(
     S, NQ, R = blocks.shape[1], -(-Tq // cfg.block_q), min(cfg.block_q, Tq)
     check_selection(selection, "selection", B, (keys.shape[1], H), NQ, bk)
     out = q.new_empty(B, S, H // S, NQ, R, D)
+    dtype = torch.promote_types(q.dtype, torch.bfloat16)  # not float16, in which scores overflow on a CPU
     for i in runs(NQ, B * S, cfg):
         x = query_blocks(q, keys, i, S, cfg, scale=scale)
         chosen = of_run(blocks, i)  # (G, M)
@@ -329,12 +330,8 @@ def sparse_attention(
         always = sink_and_window(x, start[i].repeat_interleave(B * S), keys.shape[2], cfg)
         tokens, b_k, b_v = gather(x, keys, torch.cat([chosen, always], 1), cfg)  # (G, C * n), twice (.., D)
         unseen = later(x, tokens)[:, None]  # (G or 1, 1, R, C * n)
-        mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -math.inf)  # added to the scores
-        b_q, b_k, b_v = (
-            x.q.to(q.dtype)[:, None],
-            b_k.to(q.dtype)[:, None],
-            b_v[:, None],
-        )  # rows as of one head
+        mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)  # added to the scores
+        b_q, b_k, b_v = (y.to(dtype)[:, None] for y in (x.q, b_k, b_v))  # rows as of one head
         o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (G, 1, R, D)
         out[:, :, :, i] = o.view(-1, B, S, H // S, R, D).movedim(0, 3)
     return out.view(B, H, NQ * R, D)[:, :, :Tq]
