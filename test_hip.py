@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which others may do first
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton, which torch imports when hip.py asks for its masks
 
 import hip  # noqa: E402
 from hip import HiPConfig, Selection, dense_attention, hip_attention, sparse_attention  # noqa: E402
@@ -64,7 +64,9 @@ class Case:
     scale: float | None = None
     old: str | None = None  # what previous is: "random" blocks of the domain, or "wild"
     width: int = 1  # of a wild one
-    rounded: bool = False  # to dtype, once rotated, as kernels do before they score
+    rounded: bool = (
+        False  # rows that are rotated are rounded to the dtype before they are scored, as by kernels
+    )
 
     def __post_init__(self):
         self.S, self.NQ = self.H if self.cfg.per_head else self.Hkv, -(-self.Tq // self.cfg.block_q)
@@ -117,8 +119,6 @@ def cases(
 
     slow = kernels and not GPU  # Triton's interpreter, which is wrong in bfloat16, too
     block_k, block_q, family = one_of(1, 2, 4, 8, 16), one_of(1, 4, 16), one_of(*families)
-    clip = fixed.get("rope_clip", one_of(None, None, 1, 5, 20, 60, 400))
-    plain = family == "whole" or (family == "constant" and clip)  # "mass" would differ by the last bit alone
     cfg = dict(
         top_k=block_k * one_of(1, 2, 4),
         block_q=block_q,
@@ -128,19 +128,17 @@ def cases(
         sink=one_of(0, 1, draw(st.integers(0, 20))),
         window=one_of(1, draw(st.integers(1, 40)), draw(st.integers(1, 40))),
         representative=one_of("center", "first", "last"),
-        score="max" if plain else one_of("mass", "max"),
+        score="max" if family == "whole" else one_of("mass", "max"),  # else equal up to the last bit
         per_head=one_of(False, False, True),
-        rope_clip=clip,
+        rope_clip=one_of(None, None, 1, 5, 20, 60, 400),
     )
-    block, M, most = max(block_k, block_q), cfg["top_k"] // block_k, 90 if slow else 220
-    domain = one_of(0, 1, M, M + 1, 2 * M, 2 * M + 1)  # of the last query block, if that has one row
-    edge = (-(-cfg["sink"] // block_k) + domain) * block_k + cfg["window"] - one_of(0, 1)
-    Tk = one_of(draw(st.integers(1, most)), 1, 3 * block - one_of(-1, 0, 1), max(1, edge))
+    block, most = max(block_k, block_q), 90 if slow else 220
+    Tk = draw(st.one_of(st.integers(1, most), st.sampled_from([1, 3 * block - 1, 3 * block, 3 * block + 1])))
     Tq = one_of(1, Tk, draw(st.integers(1, Tk)))
-    Hkv, halves = one_of(1, 2, 1 if slow else 3), HALVES[:1] if slow else HALVES
+    Hkv, halves = one_of(1, 2, 3), HALVES[:1] if slow else HALVES
     case = dict(
-        B=one_of(1, 1 if slow else 2, 2),
-        H=Hkv * one_of(1, 2, 3, 4, 5),
+        B=one_of(1, 2),
+        H=Hkv * one_of(1, 2, 3, 4),
         Hkv=Hkv,
         Tq=min(Tq, 5 * block_q + 1) if slow else Tq,
         Tk=Tk,
@@ -207,9 +205,11 @@ def holds(examples, few, *more, **fixed):
     def decorate(wanted):
         def test(run):
             phases = [Phase.generate] if run.kernels else settings.default.phases  # shrinking takes minutes
-            drawn = given(st.tuples(cases(run.kernels, **fixed), *more))(lambda x: wanted(run, *x))
-            drawn = seed(zlib.crc32(wanted.__name__.encode()))(drawn)
-            settings(max_examples=few if run.kernels else examples, phases=phases)(drawn)()
+            decorated = given(st.tuples(cases(run.kernels, **fixed), *more))(
+                lambda drawn: wanted(run, *drawn)
+            )
+            decorated = seed(zlib.crc32(wanted.__name__.encode()))(decorated)
+            settings(max_examples=few if run.kernels else examples, phases=phases)(decorated)()
 
         test.__name__, test.__doc__ = wanted.__name__, wanted.__doc__
         return test
@@ -569,7 +569,7 @@ def test_gradients_are_those_of_masked_dense_attention(case, kind):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
-@holds(60, 6, st.data())
+@holds(50, 8, st.data())
 def test_no_later_key_or_value_reaches_a_query(run, case, data):
     row, cfg, before = data.draw(st.integers(0, case.Tq - 1)), case.cfg, case.Tk - case.Tq
     i = row // cfg.block_q
@@ -577,17 +577,11 @@ def test_no_later_key_or_value_reaches_a_query(run, case, data):
     o = run.attend(case, selection)
     # later queries of a block take part in its search, and with "mass" what these see anyway
     q, k, end = case.q.clone(), case.k.clone(), min(case.Tq, (i + 1) * cfg.block_q)
-    (q[:, :, end:], k[:, :, before + (end if cfg.score == "mass" else i * cfg.block_q) :]) = (
-        math.nan,
-        math.nan,
-    )
+    q[:, :, end:], k[:, :, before + (end if cfg.score == "mass" else i * cfg.block_q) :] = math.nan, math.nan
     again = run.select(case, previous=case.previous, q=q, k=k)
     assert torch.equal(again.blocks[:, :, : i + 1], selection.blocks[:, :, : i + 1])
     q, k, v = case.q.clone(), case.k.clone(), case.v.clone()
-    q[:, :, row + 1 :], k[:, :, before + row + 1 :] = (
-        math.nan,
-        1e4,
-    )  # torch's attention adds its mask to NaN
+    q[:, :, row + 1 :], k[:, :, before + row + 1 :] = math.nan, 1e4  # torch's attention adds its mask to NaN
     v[:, :, before + row + 1 :] = torch.finfo(case.dtype).max  # no weight but nothing can bear this
     assert torch.equal(run.attend(case, selection, q=q, k=k, v=v)[:, :, : row + 1], o[:, :, : row + 1])
 
@@ -703,13 +697,14 @@ def test_default_dtype_default_device_and_autocast_change_no_bit(run, change):
 
     def results():
         found, more = run.select(case, previous=case.previous), dict(scale=0.3, rope=case.rope)
-        others = (hip.oracle_blocks(case.q, case.k, cfg, **more), hip.random_blocks(case.q, case.k, cfg, g))
+        others = hip.oracle_blocks(case.q, case.k, cfg, **more), hip.random_blocks(case.q, case.k, cfg, g)
         cache = run.module.OffloadedKVCache((1, 1, 2, 70, 32), 4, cfg, case.dtype, DEVICE)
         cache.append(0, case.k.to(DEVICE), case.v.to(DEVICE))
         q, pages = case.q[:, :, -1:], cache.layer(0)
         o, step = run.hip_attention(q, pages, pages, cfg, **more)
         dense = dense_attention(case.q, case.k, case.v, scale=0.3)
-        return *found, *others[0], *others[1], *step, o, dense, run.attend(case, found)
+        count = hip.count_scores(20, 70, found, cfg, previous=9)
+        return *found, *others[0], *others[1], *step, o, dense, run.attend(case, found), torch.full((), count)
 
     g.manual_seed(0)
     wanted = results()
@@ -720,7 +715,8 @@ def test_default_dtype_default_device_and_autocast_change_no_bit(run, change):
             found = results()
         finally:
             set_to(False)
-        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+        for x, y in zip(found[:-1], wanted[:-1], strict=True):
+            assert x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("change, Tq", [({}, 40), (dict(rope_clip=20), 1)], ids=str)
@@ -832,22 +828,22 @@ def test_an_offloaded_cache_changes_no_bit_of_any_step(run, case, store, spare, 
     for end in range(first + 1, case.Tk + 1):
         for layer, (k, v, q) in enumerate(layers):
             cache.append(layer, *(x[:, :, end - 1 : end].to(DEVICE) for x in (k, v)))
-            pages, q = cache.layer(layer), q[:, :, end % case.Tq, None]
-            k, v = k[:, :, :end], v[:, :, :end]
+            q, near, pages = q[:, :, -(end % case.Tq) - 1, None], dict(cfg=cfg), cache.layer(layer)
+            whole, near = dict(q=q, k=k[:, :, :end], cfg=cfg), dict(q=q, k=pages, cfg=cfg)
             if (end - first - 1) % refresh == 0:
-                wanted = run.select(case, cfg=cfg, previous=old[layer], q=q, k=k)
-                old[layer] = run.select(case, cfg=cfg, previous=old[layer], q=q, k=pages)
+                wanted, old[layer] = (run.select(case, previous=old[layer], **x) for x in (whole, near))
                 assert all(map(torch.equal, old[layer], wanted))
-            wanted = run.attend(case, old[layer], cfg=cfg, q=q, k=k, v=v)
-            o = run.attend(case, old[layer], cfg=cfg, q=q, k=pages, v=pages)
-            assert torch.equal(o, wanted) and o.isfinite().all()
+            o = run.attend(case, old[layer], **near, v=pages)
+            assert (
+                torch.equal(o, run.attend(case, old[layer], **whole, v=v[:, :, :end])) and o.isfinite().all()
+            )
             assert cache.resident_tokens() <= cache.bound and bound in (None, cache.bound)
     for layer, (k, v, _) in enumerate(layers):
         assert all(map(torch.equal, to("cpu", cache.read(layer)), (k, v)))
 
 
 class Decoding(stateful.RuleBasedStateMachine):
-    """An offloaded cache of two heads, and beside it the pages of each that should be near."""
+    """An offloaded cache of two heads, and beside it the pages of each that should be near (test below)."""
 
     CFG = HiPConfig(top_k=8, block_k=4, block_q=16, sink=3, window=1, refresh_interval=1)
     SHAPE, run = (1, 1, 2, 70, 32), None
@@ -860,13 +856,16 @@ class Decoding(stateful.RuleBasedStateMachine):
         self.q, self.k, self.v = torch.randn(3, 1, 2, 70, 32, generator=torch.Generator().manual_seed(0))
         self.length, self.calls, self.near, self.used = 0, 0, [set(), set()], [{}, {}]
         self.asked = []  # (chosen of head 0, of head 1, first page of the window)
-        self.hits = self.misses = self.moved = 0
+        self.counts = dict(
+            search_hits=0, search_misses=0, attention_hits=0, attention_misses=0, moved_bytes=0
+        )
 
     @stateful.rule(tokens=st.integers(1, 9))
     def append(self, tokens):
         new = slice(self.length, min(self.length + tokens, 70))
         self.cache.append(0, self.k[:, :, new].to(DEVICE), self.v[:, :, new].to(DEVICE))
-        self.length, self.moved = new.stop, self.moved + 2 * self.k[:, :, new].nbytes
+        self.counts["moved_bytes"] += 2 * self.k[:, :, new].nbytes
+        self.length = new.stop
 
     @stateful.precondition(lambda self: self.length > 0)
     @stateful.rule(data=st.data())
@@ -874,14 +873,19 @@ class Decoding(stateful.RuleBasedStateMachine):
         last = (self.length - 1) // 4
         start = max(1, data.draw(st.integers(last - 2, last)))
         chosen = st.sets(st.integers(1, start - 1), max_size=2) if start > 1 else st.just(set())
-        new = data.draw(st.tuples(chosen, chosen, st.just(start)))
-        *asked, start = again = data.draw(st.sampled_from([new, *self.asked[-3:]]))  # often the same
-        if last - start > 2:  # the window has grown too long
+        asked = data.draw(
+            st.sampled_from([data.draw(st.tuples(chosen, chosen, st.just(start))), *self.asked[-3:]])
+        )
+        if last - asked[2] > 2:  # the window has grown too long
             return
-        self.asked.append(again)
-        blocks = torch.tensor([(sorted(x) + [-1, -1])[:2] for x in asked], dtype=torch.int32)
-        selection, pages = Selection(blocks[None, :, None], torch.tensor([start * 4])), self.cache.layer(0)
-        q, k, v = self.q[:, :, :1], self.k[:, :, : self.length], self.v[:, :, : self.length]
+        self.asked.append(asked)
+        blocks = torch.tensor([(sorted(x) + [-1, -1])[:2] for x in asked[:2]], dtype=torch.int32)
+        selection = Selection(blocks[None, :, None], torch.tensor([asked[2] * 4]))
+        q, k, v, pages = (
+            self.q[:, :, :1],
+            *(x[:, :, : self.length] for x in (self.k, self.v)),
+            self.cache.layer(0),
+        )
         o = self.run.sparse_attention(q, k, v, selection, self.CFG)
         assert torch.equal(self.run.sparse_attention(q, pages, pages, selection, self.CFG), o)
         bank, self.calls = self.cache.banks[0][1], self.calls + 1
@@ -889,20 +893,20 @@ class Decoding(stateful.RuleBasedStateMachine):
             before, used, needed = (
                 self.near[head],
                 self.used[head],
-                {0, *asked[head], *range(start, last + 1)},
+                {0, *asked[head], *range(asked[2], last + 1)},
             )
             near = self.near[head] = {x for x in bank.page_of[head].tolist() if x < bank.pages}
             gone, idle = before - near, (before & near) - needed
             assert near == before - gone | needed and len(gone) == max(0, len(before | needed) - bank.slots)
             assert all(used[x] <= used[y] for x in gone for y in idle)  # the least recently used
+            self.counts["attention_hits"] += len(needed & before)
+            self.counts["attention_misses"] += len(needed - before)
+            self.counts["moved_bytes"] += len(needed - before) * 2 * 4 * 32 * 4
             used.update(dict.fromkeys(needed, self.calls))
-            self.hits, self.misses = self.hits + len(needed & before), self.misses + len(needed - before)
 
     @stateful.invariant()
     def what_is_counted_has_happened(self):
-        counts, moved = self.cache.counts(), self.moved + self.misses * 2 * 4 * 32 * 4
-        assert (counts["attention_hits"], counts["attention_misses"]) == (self.hits, self.misses)
-        assert counts["moved_bytes"] == moved and counts["search_hits"] == counts["search_misses"] == 0
+        assert self.cache.counts() == self.counts
         assert self.cache.resident_tokens() == 4 * max(map(len, self.near)) <= self.cache.bound
 
 
@@ -975,6 +979,28 @@ def test_hip_triton_has_the_signatures_of_the_reference(kernels):
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(hip, name))
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("blocks", [0, 1, 4, 5, 8, 9])
+def test_the_last_query_block_on_the_edges_of_its_domain(run, heads, blocks):
+    # it has one row, and stands exactly so many blocks behind the sink, or one position before that
+    cfg = HiPConfig(top_k=32, block_k=8, block_q=16, stride_q=4, sink=3, window=5, score="max")
+    for missing in (0, 1):
+        Tk = max(17, 8 + 8 * blocks + 4 + 1 - missing)
+        case = Case(1, *heads, 17, Tk, 32, "whole", torch.float32, blocks, cfg)
+        selection = run.select(case)
+        assert_chosen(selection, case, lambda block, found, case=case: search(case, block, [], found))
+        assert_attention(run.attend(case, selection), case, selection)
+        assert Tk == 17 or (selection.blocks[0, 0, -1] >= 0).sum() == min(4, blocks - missing)
+
+
+@pytest.mark.parametrize("Tq", [1, 5, 7, 8, 16])
+def test_decoding_with_many_rows_for_a_key_head(run, Tq):
+    # 9 heads of a group: just below and above the number of rows up to which kernels share out the keys
+    case = Case(2, 9, 1, Tq, 75, 32, "normal", torch.float32, Tq, SMALL)
+    selection = run.select(case)
+    assert_attention(run.attend(case, selection), case, selection)
+
+
 def apart(*command):
     """Run Python without the interpreter of Triton."""
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -992,8 +1018,8 @@ def test_hip_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
     if not GPU:
         with pytest.raises(ValueError, match="interpreter is wrong in bfloat16"):
             kernels.select_blocks(y.bfloat16(), y.bfloat16(), SMALL)
-    code = "import hip, hip_triton, torch; x = torch.zeros(1, 1, 4, 64); "
-    code += "hip_triton.select_blocks(x, x, hip.HiPConfig())"
+    code = "import torch, hip, hip_triton as t; x = torch.zeros(1, 1, 4, 64); "
+    code += "t.hip_attention(x, x, x, hip.HiPConfig())"
     assert "ValueError: q must be on a GPU" in apart("-c", code).stderr
     code = "import sys; sys.modules['triton'] = None; import hip_triton"
     assert "ImportError: hip_triton needs Triton: `pip install triton`" in apart("-c", code).stderr
