@@ -5,6 +5,8 @@
     python extras/evaluate.py passkey --tokens 4000 8000     # length x depth, and a heat map
     python extras/evaluate.py needles --tokens 4000 8000     # several, asked for late, changed since
     python extras/evaluate.py coverage --tokens 8192         # recall and attention mass, by layer and head
+    python extras/evaluate.py tasks --tokens 4000 8000       # nine, of natural text, beside dense attention
+    python extras/evaluate.py lost --tasks keys              # where answers are lost: prompt or decoding
     python extras/evaluate.py perplexity --sweep             # hip with other settings; or --sweep top_k
 
     # past the trained length: four ways in one table
@@ -13,7 +15,7 @@
 
 Prints Markdown tables, or --json.  Each result is kept in --out as soon as it is there, so that a command
 goes on where it was interrupted.  METHODS below names the methods; `hip:score=max,top_k=512` is one of them
-with other fields of HiPConfig.
+with other fields of HiPConfig, and `hip/dense` reads the prompt by the one and decodes by the other.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import measuring
+import tasks
 import torch
 import torch.nn.functional as F
 from measuring import OutOfTime, kernels_for, read, table
@@ -42,10 +45,10 @@ from tqdm import tqdm
 import hip
 from generate import FILLER, NEEDLE, OPENING, QUESTION
 from hip import HiPConfig, Selection
-from model import Context, Llama, Tokenizer, load
+from model import Context, Llama, Tokenizer, generate, load
 
 TEXT_START = 20_000  # tokens of the text that are skipped
-ROWS = 64  # queries of a sample of `coverage`: one query block
+ROWS = HiPConfig().block_q  # queries of a sample of `coverage`: one query block
 
 # --- methods -----------------------------------------------------------------------------------------------
 
@@ -97,6 +100,7 @@ METHODS = {  # a new method is a line here
     "hip-ntk": Method(ntk=True),
 }
 DEFAULT = list(METHODS)[:8]
+LOST = ["dense", "hip", "hip/dense", "dense/hip", "hip/oracle", "oracle/hip", "oracle"]
 SWEEP = dict(
     top_k=(256, 512, 2048), block_q=(16, 32, 128), block_k=(8, 32), stride_q=(1, 4, 8), stride_k=(1, 4)
 )
@@ -108,24 +112,48 @@ IDLE = {  # where a field shows nothing: a refresh in a prompt, a dense tail the
 }
 
 
-def resolve(name: str, base: HiPConfig) -> tuple[Method, HiPConfig]:
-    """The method and the config that "hip" or "hip:score=max,top_k=512" stands for."""
-    name, _, items = name.partition(":")
-    if name not in METHODS:
-        raise ValueError(f"a method must be one of {', '.join(METHODS)}, not {name!r}")
-    cfg = replace(base, **METHODS[name].fields)
-    return METHODS[name], measuring.configure(cfg, items.split(",") if items else [])
+def resolve(name: str, base: HiPConfig) -> list[tuple[Method, HiPConfig]]:
+    """What "hip:score=max,top_k=512" stands for; of "hip/dense" what each half does."""
+    halves = []
+    for half in name.split("/"):
+        kind, _, items = half.partition(":")
+        if kind not in METHODS:
+            raise ValueError(f"a method must be one of {', '.join(METHODS)}, not {kind!r}")
+        cfg = replace(base, **METHODS[kind].fields)
+        halves.append((METHODS[kind], measuring.configure(cfg, items.split(",") if items else [])))
+    simple = all(method.attention != "streaming" and not method.ntk for method, _ in halves)
+    if len(halves) > 1 and not (len(halves) == 2 and simple):
+        raise ValueError(f"a method of halves must be two, each dense or by HiP, not {name!r}")
+    return halves
+
+
+class Halved(Context):
+    """Reads a prompt with one config and one kernels module, and decodes with others."""
+
+    halves: list[tuple[HiPConfig, ModuleType]]
+
+    def attend(self, layer, q, k, v, unit=0, tail=False) -> torch.Tensor:
+        self.cfg, self.kernels = self.halves[unit == 0]
+        return super().attend(layer, q, k, v, unit, tail)
 
 
 def open_context(model: Llama, name: str, base: HiPConfig, capacity: int) -> Context:
     """An empty context that attends by the method."""
     torch.manual_seed(0)  # of the random blocks
-    method, cfg = resolve(name, base)
-    kernels = kernels_for(model.device.type)
-    if method.select:
-        kernels = SimpleNamespace(**vars(kernels) | {"select_blocks": partial(method.select, kernels)})
-    model = measuring.stretched(model, capacity) if method.ntk else model
-    return Context(model, capacity, cfg, method.attention, kernels)
+    resolved, halves = resolve(name, base), []
+    for (method, cfg), (_, other) in zip(resolved, reversed(resolved), strict=True):
+        kernels = kernels_for(model.device.type)
+        if method.select:
+            kernels = SimpleNamespace(**vars(kernels) | {"select_blocks": partial(method.select, kernels)})
+        if method.attention == "dense":  # this way a dense prompt leaves its memory to decoding by HiP
+            cfg = replace(other, dense_layers=model.config.layers)
+        halves.append((cfg, kernels))
+    if len(halves) == 1:
+        model = measuring.stretched(model, capacity) if method.ntk else model
+        return Context(model, capacity, cfg, method.attention, kernels)
+    context = Halved(model, capacity, halves[0][0])
+    context.halves = halves
+    return context
 
 
 # --- perplexity --------------------------------------------------------------------------------------------
@@ -272,12 +300,29 @@ def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
     return mask
 
 
+def weights(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, rope: hip.Rope | None = None) -> torch.Tensor:
+    """Dense attention of one query block, the mean of its rows: (H, Tk)."""
+    (_, H, _, _), (_, Hkv, Tk, _), keys = q.shape, k.shape, hip.source(q, (k,), cfg, None, rope)
+    x = hip.query_blocks(q, keys, slice(0, 1), Hkv, cfg)
+    every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(Hkv, -1)
+    tokens, b_k = hip.gather(x, keys, every, cfg)  # (1, any), (Hkv, any, D)
+    s = (x.q @ b_k.float().transpose(1, 2) * x.scale).masked_fill(hip.later(x, tokens), -math.inf)
+    return s.softmax(-1).view(H, -1, s.shape[2]).mean(1)[:, :Tk]
+
+
+def mass_of(weight: torch.Tensor, selection: Selection, cfg: HiPConfig) -> torch.Tensor:
+    """Share of the attention (H, Tk) of one query block that the selection sees: (H,)."""
+    mask = seen(selection, cfg, weight.shape[1])
+    # each search serves the query heads of its group
+    return (weight * mask.repeat_interleave(len(weight) // len(mask), 0)).sum(1)
+
+
 def covered(
     q: torch.Tensor, k: torch.Tensor, name: str, base: HiPConfig, weight: torch.Tensor
 ) -> torch.Tensor:
     """Of one query block: share of the exact best blocks that the method finds, and of the mass.  (2, H)"""
-    method, cfg = resolve(name, base)
-    select, H = kernels_for(q.device.type).select_blocks, q.shape[1]
+    ((method, cfg),) = resolve(name, base)
+    select = kernels_for(q.device.type).select_blocks
     if method.attention == "streaming":  # as Context has it
         cfg = replace(cfg, window=cfg.window + cfg.top_k)
         chosen = hip.no_blocks(q, k.shape, cfg)
@@ -285,10 +330,8 @@ def covered(
         chosen = (partial(method.select, None) if method.select else select)(q, k, cfg)
     best = hip.oracle_blocks(q, k, cfg).blocks[0, :, 0]  # (S, M)
     found = (best[:, :, None] == chosen.blocks[0, :, :1]).any(-1) & (best >= 0)
-    # each search serves the query heads of its group
-    shares = found.sum(1) / (best >= 0).sum(1), seen(chosen, cfg, k.shape[2])
-    recall, mask = (x.repeat_interleave(H // len(x), 0) for x in shares)
-    return torch.stack([recall, (weight * mask).sum(1)])
+    recall = found.sum(1) / (best >= 0).sum(1)
+    return torch.stack([recall.repeat_interleave(len(weight) // len(recall)), mass_of(weight, chosen, cfg)])
 
 
 def coverage(
@@ -305,16 +348,47 @@ def coverage(
     def see(layer: int, q: torch.Tensor, k: torch.Tensor, _v) -> None:
         for p in at:
             b_q, b_k = q[:, :, p : p + ROWS], k[:, :, : p + ROWS]
-            every = b_k[0].repeat_interleave(q.shape[1] // k.shape[1], 0).float()
-            s = b_q[0].float() @ every.transpose(1, 2) * q.shape[3] ** -0.5  # (H, R, Tk)
-            s[:, :, -ROWS:] += torch.full((ROWS, ROWS), -math.inf, device=q.device).triu(1)
-            weight = s.softmax(-1).mean(1)  # (H, Tk)
+            weight = weights(b_q, b_k, HiPConfig())
             for name in names:
                 totals[name][:, layer] += covered(b_q, b_k, name, base, weight).cpu() / len(at)
 
     measuring.watch(context, see)
     read(context, torch.tensor([text], device=model.device), options.seconds)
     return {name: {"recall": x[0].tolist(), "mass": x[1].tolist()} for name, x in totals.items()}
+
+
+# --- tasks -------------------------------------------------------------------------------------------------
+
+
+def solve(
+    opened: Callable, tokenizer: Tokenizer, tokens: int, case: dict, seconds: float, look: bool
+) -> dict:
+    """One sample of a task: its score, 0 to 1, and what was said.
+
+    look: with whole methods by HiP also the mass that the selection covers, (layers, heads): of the prompt's
+    last query block, as if that did not attend densely, and of decoding, the mean over its steps.
+    """
+    asked = tasks.sample(case["task"], tokenizer, tokens, case["seed"])
+    prompt = torch.tensor([tokenizer.encode(asked.prompt)])
+    context, T = opened(prompt.shape[1] + asked.room), prompt.shape[1]
+    cfg, rope, c = context.cfg, context.clipped, context.model.config
+    masses = {"question": torch.zeros(c.layers, c.heads), "answer": torch.zeros(c.layers, c.heads)}
+
+    def see(layer: int, q: torch.Tensor, k: torch.Tensor, _v) -> None:
+        q, chosen = q[:, :, -cfg.block_q :], context.selection[layer]
+        if k.shape[2] == T:
+            chosen = context.kernels.select_blocks(q, k, cfg, rope=rope)
+        if k.shape[2] >= T:
+            dense, part = layer < cfg.dense_layers, "question" if k.shape[2] == T else "answer"
+            masses[part][layer] += 1 if dense else mass_of(weights(q, k, cfg, rope), chosen, cfg).cpu()
+
+    if look := look and context.method == "hip" and not isinstance(context, Halved):
+        measuring.watch(context, see)
+    hidden = read(context, prompt.to(context.model.device), seconds)
+    said = tokenizer.fast.decode([*generate(context, hidden, asked.room, tokenizer.eos)])
+    masses["answer"] /= context.steps
+    more = {"mass": {name: x.tolist() for name, x in masses.items()}} if look else {}
+    return {"score": tasks.score(asked, said), "said": said} | more
 
 
 # --- tables and pictures -----------------------------------------------------------------------------------
@@ -382,16 +456,75 @@ def show_coverage(records: dict, options: argparse.Namespace) -> None:
             rows.append([name, *cells, f"{mass.min():.3f} (layer {layer}, head {head})"])
         print(f"\n{tokens:,} tokens\n")
         print(table(["method", "recall", "worst layer", "mass", "worst layer", "worst head"], rows))
-        layers = {name: mass.mean(1) for name, (_, mass) in results.items()}
-        rows = [[i, *(f"{x[i]:.3f}" for x in layers.values())] for i in range(len(mass))]
-        print("\n" + table(["mass of layer", *layers], rows))
-        if {"hip", "random"} <= layers.keys():
-            more = int((layers["hip"] > layers["random"]).sum())
-            print(f"\nhip covers more mass than random blocks in {more} of {len(rows)} layers")
-        title = f"attention mass covered, {tokens:,} tokens"
-        panels, axes = {name: mass.tolist() for name, (_, mass) in results.items()}, ("head", "layer")
-        axes = [(name, range(n)) for name, n in zip(axes, reversed(mass.shape), strict=True)]
-        draw(f"{options.out}/coverage-{tokens}.png", title, panels, *axes)
+        masses = {name: mass for name, (_, mass) in results.items()}
+        show_mass(f"{options.out}/coverage-{tokens}.png", f"{tokens:,} tokens", masses)
+        if {"hip", "random"} <= masses.keys():
+            more = int((masses["hip"].mean(1) > masses["random"].mean(1)).sum())
+            print(f"\nhip covers more mass than random blocks in {more} of {len(mass)} layers")
+
+
+def show_mass(path: str, title: str, masses: dict[str, torch.Tensor]) -> None:
+    """Mass (layers, heads): its mean and worst head by layer, and a picture."""
+    layers, heads = next(iter(masses.values())).shape
+    rows = [[i, *(f"{x[i].mean():.3f} ({x[i].min():.3f})" for x in masses.values())] for i in range(layers)]
+    print("\n" + table(["mass of layer (worst head)", *masses], rows))
+    panels, axes = {name: x.tolist() for name, x in masses.items()}, [("head", heads), ("layer", layers)]
+    draw(path, f"attention mass covered, {title}", panels, *((name, range(n)) for name, n in axes))
+
+
+def points(records: dict, options: argparse.Namespace) -> dict:
+    """Of each length, method and task the sum over the samples; nan where one was given up."""
+    found = dict.fromkeys(itertools.product(options.tokens, options.methods, options.tasks), 0.0)
+    for (*key, _), record in records.items():
+        found[tuple(key)] += record.get("score", math.nan)
+    return found
+
+
+def shown(x: float) -> str:
+    return "not run" if math.isnan(x) else f"{x:.3g}"
+
+
+def show_tasks(records: dict, options: argparse.Namespace) -> None:
+    """A row for each task, a column for each length and method, with dense attention's own points beside."""
+    found, columns = points(records, options), []
+    names = [name for name in options.methods if name != "dense"] or ["dense"]
+    beside, half = names != options.methods, options.samples / 2
+    for tokens, name in itertools.product(options.tokens, names):
+        cells, ours, dense = [], 0.0, 0.0
+        for task in options.tasks:
+            x, y = found[tokens, name, task], found.get((tokens, "dense", task), math.nan)
+            cell = f"{shown(x)} / {shown(y)}" if beside else shown(x)
+            cells.append(f"({cell})" if beside and not y >= half else cell)
+            if y >= half and not math.isnan(x):
+                ours, dense = ours + x, dense + y
+        columns.append([f"{tokens:,}, {name}", *cells, f"{ours / dense:.0%}" if dense else None])
+    head, *rows = zip([f"points of {options.samples}", *options.tasks, "of dense"], *columns, strict=True)
+    print(table(head, rows if beside else rows[:-1]))
+    if beside:
+        print("\nmethod / dense; in brackets, and not in the last row, where dense finds less than half")
+    panels = {
+        name: [[found[tokens, name, x] / options.samples for tokens in options.tokens] for x in options.tasks]
+        for name in options.methods
+    }
+    axes = ("tokens", options.tokens), ("task", options.tasks)
+    draw(f"{options.out}/tasks.png", "share of the answers found", panels, *axes)
+
+
+def show_lost(records: dict, options: argparse.Namespace) -> None:
+    """Points by what read the prompt and what decoded; then the attention mass that whole methods cover."""
+    found, columns = points(records, options), list(itertools.product(options.tokens, options.tasks))
+    rows = [[name, *(shown(found[T, name, task]) for T, task in columns)] for name in options.methods]
+    print(table([f"points of {options.samples}", *(f"{T:,}, {task}" for T, task in columns)], rows))
+    print("\nA/B: the prompt by A, decoding by B.  oracle: at each search the exact best blocks")
+    print("\nquestion: the prompt's end, as if that did not attend densely.  answer: decoding")
+    for tokens in options.tokens:
+        masses: dict[str, list] = {}
+        for (T, name, *_), record in records.items():
+            for part, x in record.get("mass", {}).items() if T == tokens else ():
+                masses.setdefault(f"{name}, {part}", []).append(torch.tensor(x))
+        if masses:
+            means = {name: torch.stack(x).nanmean(0) for name, x in masses.items()}
+            show_mass(f"{options.out}/lost-{tokens}.png", f"{tokens:,} tokens", means)
 
 
 def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y: tuple[str, list]) -> None:
@@ -409,7 +542,7 @@ def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y:
         axis.set_title(name, fontsize=8)
         axis.set(xlabel=x[0], ylabel=y[0])
         axis.set_xticks(range(len(x[1])), [f"{value:,}" for value in x[1]], fontsize=7)
-        axis.set_yticks(range(len(y[1])), [f"{value:g}" for value in y[1]], fontsize=7)
+        axis.set_yticks(range(len(y[1])), map(str, y[1]), fontsize=7)
         for i, j in itertools.product(range(len(y[1])), range(len(x[1]))):
             text = "not run" if math.isnan(grid[i][j]) else f"{grid[i][j]:.2g}"
             axis.text(j, i, text, ha="center", va="center", fontsize=6)
@@ -425,26 +558,32 @@ def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y:
 def arguments() -> argparse.ArgumentParser:
     parser = measuring.options_parser(__doc__)
     add = parser.add_argument
-    add("measure", choices=("perplexity", "decoding", "passkey", "needles", "coverage"))
-    add("--methods", nargs="+", metavar="M", help=f"({' '.join(DEFAULT)})")
+    add("measure", choices=("perplexity", "decoding", "passkey", "needles", "coverage", "tasks", "lost"))
+    add("--methods", nargs="+", metavar="M", help=f"({' '.join(DEFAULT)}; of `tasks` and `lost` others)")
     add("--sweep", nargs="*", choices=SWEEP, metavar="FIELD", help="hip with other values of fields (of all)")
     add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")
     add("--segment", type=int, default=4096, help="tokens of a column of `perplexity` (%(default)s)")
     add("--steps", type=int, default=256, help="tokens of `decoding` (%(default)s)")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of `needles` (all)")
+    add("--tasks", nargs="+", metavar="T", help="of `needles` and `tasks` (all), of `lost` (keys)")
     add("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="X")
     add("--trials", type=int, default=1, help="of each length and depth, with other digits (%(default)s)")
-    add("--samples", type=int, default=16, help="query blocks of `coverage` (%(default)s)")
+    add("--samples", type=int, help="query blocks of `coverage` (16); of each task and length (10)")
     add("--seconds", type=float, default=3600, help="a text that takes longer is given up (%(default)s)")
     return parser
 
 
 def settle(options: argparse.Namespace, base: HiPConfig) -> None:
     """Fill in what the options leave open; ValueError for what cannot work."""
-    needles = options.measure in ("passkey", "needles")
-    options.tokens = options.tokens or ([4000, 8000] if needles else [8192])
-    options.tasks = ["passkey"] if options.measure == "passkey" else options.tasks
-    names = options.methods or (DEFAULT if options.sweep is None else ["hip"])
+    usual = [4000, 8000] if options.measure in ("passkey", "needles", "tasks") else [8192]
+    options.tokens = options.tokens or usual
+    known = {"passkey": ["passkey"], "needles": list(TASKS)}.get(options.measure, list(tasks.TASKS))
+    options.tasks = options.tasks or (["keys"] if options.measure == "lost" else known)
+    if wrong := [task for task in options.tasks if task not in known]:
+        raise ValueError(f"a task must be one of {', '.join(known)}, not {wrong[0]!r}")
+    if options.samples is None:
+        options.samples = 16 if options.measure == "coverage" else 10
+    usual = {"tasks": ["dense", "hip"], "lost": LOST}.get(options.measure, DEFAULT)
+    names = options.methods or (usual if options.sweep is None else ["hip"])
     if options.sweep is not None:
         swept = options.sweep or [field for field in SWEEP if field not in IDLE.get(options.measure, ())]
         names = [*names, *(f"hip:{field}={value}" for field in swept for value in SWEEP[field])]
@@ -452,9 +591,9 @@ def settle(options: argparse.Namespace, base: HiPConfig) -> None:
         names = [name for name in names if not name.startswith(("dense", "snapshot"))]
     options.methods = list(dict.fromkeys(names))
     for name in options.methods:
-        _, cfg = resolve(name, base)
-        if options.measure == "coverage" and (cfg.block_q != ROWS or getattr(cfg, "rope_clip", None)):
-            raise ValueError(f"coverage needs block_q={ROWS} and no rope_clip, not {name}")
+        (_, cfg), *more = resolve(name, base)
+        if options.measure == "coverage" and (more or cfg.block_q != ROWS or cfg.rope_clip):
+            raise ValueError(f"coverage needs block_q={ROWS}, no rope_clip and no halves, not {name}")
     least = {"decoding": options.steps + 1, "coverage": 2048}.get(options.measure, 2)
     if min(options.tokens) < least:
         raise ValueError(f"--tokens must be at least {least}, not {min(options.tokens)}")
@@ -476,27 +615,35 @@ def main() -> None:
     kind = "needles" if options.measure == "passkey" else options.measure
     groups = [options.methods] if kind == "coverage" else [[name] for name in options.methods]
     cases, text = [{}], []
+    detail = {"perplexity": "segment", "decoding": "steps", "coverage": "samples"}.get(kind)
+    details = {detail: getattr(options, detail)} if detail else {}
     if kind == "needles":
         cases = itertools.product(options.tasks, options.depths, range(options.trials))
         cases = [dict(zip(("task", "depth", "trial"), case, strict=True)) for case in cases]
+    elif kind in ("tasks", "lost"):
+        cases = [dict(task=x, seed=i) for x, i in itertools.product(options.tasks, range(options.samples))]
+        details = {"prompts": measuring.code_hash(measuring.ROOT, "extras/tasks")}
     else:
         text = measuring.natural_text(tokenizer, max(options.tokens), TEXT_START)
-    detail = {"perplexity": "segment", "decoding": "steps", "coverage": "samples"}.get(kind)
-    details = {detail: getattr(options, detail)} if detail else {}
 
     def measure(tokens: int, names: list[str], case: dict) -> dict[str, dict]:
         if kind == "coverage":
             return coverage(model, text[:tokens], names, base, options)
         (name,) = names
+        opened, more = partial(open_context, model, name, base), (tokenizer, tokens, case, options.seconds)
         if kind == "needles":
-            opened = partial(open_context, model, name, base)
-            return {name: find(opened, tokenizer, tokens, case, options.seconds)}
+            return {name: find(opened, *more)}
+        if kind in ("tasks", "lost"):
+            return {name: solve(opened, *more, look=kind == "lost")}
         return {name: perplexity(open_context(model, name, base, tokens), text[:tokens], options)}
 
     records, jobs = {}, list(itertools.product(options.tokens, groups, cases))
     for tokens, names, case in tqdm(jobs, desc=options.measure):
         same = dict(measure=kind, tokens=tokens) | case | details
-        settings = {name: same | dict(method=name, config=vars(resolve(name, base)[1])) for name in names}
+        settings = {
+            name: same | dict(method=name, config=[vars(cfg) for _, cfg in resolve(name, base)])
+            for name in names
+        }
         old = {name: results.get(**settings[name]) for name in names}
         again = options.seconds  # what was given up in less time
         missing = [x for x, record in old.items() if not record or record.get("gave_up", math.inf) < again]
@@ -512,7 +659,8 @@ def main() -> None:
         print(json.dumps(list(records.values()), indent=1))
         return
     print(f"{base}, {model.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    {"needles": show_needles, "coverage": show_coverage}.get(kind, show_perplexity)(records, options)
+    shows = dict(needles=show_needles, coverage=show_coverage, tasks=show_tasks, lost=show_lost)
+    shows.get(kind, show_perplexity)(records, options)
 
 
 if __name__ == "__main__":

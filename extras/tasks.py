@@ -1,12 +1,7 @@
 """What people ask of a long text, as tasks with known answers, in the manner of RULER (Hsieh et al. 2024).
 
-    python extras/tasks.py --tokens 4000 8000 --methods dense hip hip:top_k=2048
-    python extras/tasks.py --model qwen.gguf --tokens 8000 16000 30000 --device cuda
-
-The haystack is natural text that is on any machine, CPython's language reference and library, begun elsewhere
-for each sample.  Prints a table of the answers found, of those asked for; a row says dense attention's own
-score, since what the model cannot do says nothing about HiP.  Methods are those of `evaluate.py`; each result
-is kept in --out, so that a command goes on where it was interrupted.
+`evaluate.py tasks` and `evaluate.py lost` ask them.  The haystack is natural text that is on any machine,
+CPython's language reference and library, begun elsewhere for each sample.
 
     one, values, keys    one of eight hidden numbers; four of one thing; four of eight things
     trace                which variables have a value, through a chain of assignments
@@ -20,24 +15,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-import measuring
-import torch
-from evaluate import open_context, resolve
-from tqdm import tqdm
-
-from hip import HiPConfig
-from model import Tokenizer, generate, load
+from model import Tokenizer
 
 OPENING = (
     "Facts are hidden in the following text. Memorize them: you will be asked about them at the end.\n\n"
@@ -189,7 +176,7 @@ def haystack(code: bool, dice: random.Random) -> list[str]:
 
 
 def sample(name: str, tokenizer: Tokenizer, tokens: int, seed: int) -> Sample:
-    """One prompt of `tokens` tokens, or a few less, of a task.  ValueError where there is no room for it."""
+    """A prompt of a task, of nearly `tokens` tokens.  ValueError where there is no room for it."""
     code = name in OF_CODE
     between, opening = ("\n", "") if code else ("\n\n", OPENING)
     for attempt in range(100):
@@ -217,43 +204,3 @@ def sample(name: str, tokenizer: Tokenizer, tokens: int, seed: int) -> Sample:
 def score(sample: Sample, said: str) -> float:
     """Share of the answers that were found, 0 to 1."""
     return sum(answer in said + "\n" for answer in sample.answers) / len(sample.answers)
-
-
-def main() -> None:
-    parser = measuring.options_parser(__doc__)
-    parser.add_argument("--model", metavar="M", help=".gguf file, folder or hub id (SmolLM2-135M-Instruct)")
-    parser.add_argument("--methods", nargs="+", metavar="M", default=["dense", "hip"], help="(dense hip)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(all)")
-    parser.add_argument("--samples", type=int, default=10, help="of each task and length (%(default)s)")
-    options = parser.parse_args()
-    base = measuring.configure(HiPConfig(), options.set)
-    for name in options.methods:
-        resolve(name, base)  # a wrong one is refused before anything is read
-    model, tokenizer = load(options.model, getattr(torch, options.dtype or "", None), options.device)
-    results = measuring.Results(options.out, "tasks", options.device, model=options.model, config=vars(base))
-    cells = [*itertools.product(options.tokens or [4000, 8000], options.tasks, options.methods)]
-    found: dict[tuple, float] = {}
-    records = []
-    for (T, task, method), seed in tqdm([*itertools.product(cells, range(options.samples))], leave=False):
-        settings = dict(tokens=T, task=task, method=method, seed=seed)
-        if (record := results.get(**settings)) is None:
-            asked = sample(task, tokenizer, T, seed)
-            prompt = torch.tensor([tokenizer.encode(asked.prompt)], device=model.device)
-            context = open_context(model, method, base, prompt.shape[1] + asked.room)
-            hidden = context.prefill(prompt)
-            said = tokenizer.fast.decode([*generate(context, hidden, asked.room, tokenizer.eos)])
-            record = results.put({"score": score(asked, said), "said": said}, **settings)
-        records.append(record)
-        found[T, task, method] = found.get((T, task, method), 0.0) + record["score"]
-    if options.json:
-        return print(json.dumps(records, indent=1))
-    rows = [
-        [f"{T:,}", task, *(f"{found[T, task, method]:.2f}" for method in options.methods)]
-        for T in options.tokens or [4000, 8000]
-        for task in options.tasks
-    ]
-    print(measuring.table(["tokens", f"task, of {options.samples}", *options.methods], rows))
-
-
-if __name__ == "__main__":
-    sys.exit(measuring.command(main))

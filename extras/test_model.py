@@ -1,10 +1,13 @@
-"""model.py and generate.py as tests: against transformers, tiny random models, and the packaged one."""
+"""model.py, generate.py, evaluate.py's tasks: against transformers, tiny random models, the packaged one."""
 
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,10 @@ import tokenizers
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import evaluate  # noqa: E402
+import measuring  # noqa: E402
+import tasks  # noqa: E402
 
 import generate as command  # noqa: E402
 import hip  # noqa: E402
@@ -697,3 +704,153 @@ def test_the_packaged_model_finds_a_passkey_in_4000_tokens(depth):
     context = Context(real, prompt.shape[1] + 8, HiPConfig())
     hidden = context.prefill(prompt)
     assert key in tokenizer.fast.decode(list(llama.generate(context, hidden, 8, tokenizer.eos)))
+
+
+# --- tasks, and where their answers are lost ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_sample_of_a_task_fits_and_holds_its_needles_and_answers(real, name, monkeypatch):
+    make, plans = tasks.TASKS[name], []
+    monkeypatch.setitem(tasks.TASKS, name, lambda *how: plans.append(make(*how)) or plans[-1])
+    samples = [tasks.sample(name, real[1], 1500, seed) for seed in (0, 1, 2, 0)]
+    assert samples[0] == samples[3] and len({sample.prompt for sample in samples}) == 3
+    for sample in samples:
+        assert 1000 < len(real[1].encode(sample.prompt)) <= 1500
+        text, _, question = sample.prompt.rpartition("\n\n")
+        assert all(answer.strip() in " ".join(text.split()) for answer in sample.answers)
+        assert name == "words" or not plans[-1].needles or tasks.score(sample, question) == 0
+    assert Counter(plans[-1].needles) <= Counter(text.split("\n\n"))
+
+
+def test_a_task_without_room_is_refused(real):
+    with pytest.raises(ValueError, match="the task keys needs more than 100 tokens"):
+        tasks.sample("keys", real[1], 100, 0)
+
+
+def test_a_score_is_the_share_of_the_answers_in_a_continuation():
+    sample = tasks.Sample("", ["12", "345", " x\n"], 9)
+    for said, found in (("", 0), ("345 1", 1), (" 345, 12 xy", 2), ("12, 345 x", 3)):
+        assert tasks.score(sample, said) == found / 3
+
+
+@pytest.fixture
+def ask(folder, tmp_path, monkeypatch, capsys):
+    """evaluate.py with the tiny model: (status, standard output, standard error, texts that were read)."""
+
+    def ask(measure, *arguments):
+        reads, read = [], measuring.read
+        monkeypatch.setattr(evaluate, "read", lambda *how: reads.append(how) or read(*how))
+        usual = ["--model", folder, "--out", tmp_path, "--dtype", "float32", "--samples", 1]
+        monkeypatch.setattr(sys, "argv", [*map(str, ["evaluate.py", measure, *usual, *arguments])])
+        return measuring.command(evaluate.main), *capsys.readouterr(), len(reads)
+
+    return ask
+
+
+SIZES = ["--set", "block_k=8", "block_q=16", "window=16", "sink=4", "dense_tail=5"]
+
+
+def test_interrupted_tasks_go_on_where_they_were(ask, tmp_path):
+    arguments = ["--tokens", 700, "--tasks", "copy", "passage", "--methods", "dense", "hip:top_k=64", *SIZES]
+    status, text, _, reads = ask("tasks", *arguments)
+    assert (status, reads) == (0, 4) and text.count("\n| ") == 5 and (tmp_path / "tasks.png").exists()
+    file = tmp_path / "evaluate.jsonl"
+    file.write_text(file.read_text()[:-9])  # interrupted while it wrote the last one
+    assert ask("tasks", *arguments)[::3] == (0, 1)
+    assert ask("tasks", *arguments)[:4:3] == (0, 0) and ask("tasks", *arguments)[1] == text
+
+
+def test_cells_count_where_dense_attention_finds_half(monkeypatch, capsys):
+    options = SimpleNamespace(tokens=[8000], methods=["dense", "hip"], tasks=["one", "keys"], samples=4)
+    cells, drawn, options.out = itertools.product(options.methods, options.tasks), [], ""
+    scores = dict(zip(cells, (1.0, 0.25, 0.5, 1.0), strict=True))
+    records = {(8000, *cell, i): {"score": x} for cell, x in scores.items() for i in range(4)}
+    monkeypatch.setattr(evaluate, "draw", lambda *how: drawn.append(how))
+    evaluate.show_tasks(records, options)
+    text = capsys.readouterr().out
+    assert "| one | 2 / 4 |\n| keys | (4 / 1) |\n| of dense | 50% |" in text
+    assert drawn[0][2] == {"dense": [[1.0], [0.25]], "hip": [[0.5], [1.0]]}
+    del records[8000, "dense", "one", 3]["score"]  # given up
+    evaluate.show_tasks(records, options)
+    assert "| one | (2 / not run) |\n| keys | (4 / 1) |\n| of dense | - |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", evaluate.LOST)
+def test_a_method_of_halves_reads_the_prompt_by_one_and_decodes_by_the_other(tiny, method, monkeypatch):
+    searched, memoryless = set(), HiPConfig(**vars(SMALL) | dict(memory=False))  # the oracle makes the memory
+
+    def note(kind, plain, q, *how, **named):
+        searched.add((kind, q.shape[2] > 1))
+        return plain(q, *how, **named)
+
+    for kind, name in (("hip", "select_blocks"), ("oracle", "oracle_blocks")):
+        monkeypatch.setattr(hip, name, partial(note, kind, getattr(hip, name)))
+    prompt, answer = method.split("/") if "/" in method else (method, method)
+    context, same = (evaluate.open_context(tiny, name, memoryless, 340) for name in (method, prompt))
+    hidden, decoded = context.prefill(some_tokens(333)), [*decode(context, 5)]
+    assert searched == {(prompt, True), (answer, False)} - {("dense", True), ("dense", False)}
+    close(hidden, same.prefill(some_tokens(333)))
+    if answer == "dense":
+        same.method = "dense"
+        close(torch.cat(decoded), torch.cat([*decode(same, 5)]))
+
+
+def test_a_prompt_that_is_read_densely_leaves_its_memory_to_decoding(tiny):
+    context = evaluate.open_context(tiny, "dense/hip:block_k=16,top_k=128", SMALL, 400)
+    context.prefill(some_tokens(333))
+    assert all(x.blocks.shape == (1, 2, 1, llama.MEMORY_QUERIES * 8) for x in context.selection)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_attention_mass_is_what_softmax_gives_to_the_tokens_that_are_seen(tiny, per_head):
+    cfg = HiPConfig(**vars(SMALL) | dict(per_head=per_head))
+    dice = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, T, 16, generator=dice) for heads, T in ((4, 13), (2, 203)))
+    selection = hip.select_blocks(q, k, cfg)
+    mass = evaluate.mass_of(evaluate.weights(q, k, cfg), selection, cfg)
+    for head in range(4):
+        chosen = selection.blocks[0, head // (4 // selection.blocks.shape[1]), 0].tolist()
+        p = (q[0, head] @ k[0, head // 2].T / 4).masked_fill(torch.ones(13, 203).tril(190) == 0, -torch.inf)
+        seen = [t for t in range(203) if t < 8 or t // 8 in chosen or t >= int(selection.window_start)]
+        assert 0.1 < float(mass[head]) < 0.9
+        close(mass[head], p.softmax(1)[:, seen].sum(1).mean())
+    rope, clip = tiny.rope(0, 400), HiPConfig(**vars(cfg) | dict(rope_clip=300))  # farther than the text
+    turned = (hip.rotate(x, *(y[a:203] for y in rope)) for x, a in ((q, 190), (k, 0)))
+    close(evaluate.weights(q, k, clip, rope), evaluate.weights(*turned, cfg))
+
+
+@pytest.mark.parametrize("top_k", [1024, 16])
+def test_lost_says_which_half_loses_answers_and_what_mass_is_covered(ask, tmp_path, top_k):
+    arguments = ["--tokens", 900, "--tasks", "copy", *SIZES, f"top_k={top_k}"]
+    status, text, _, reads = ask("lost", *arguments)
+    rows = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ")]
+    assert (status, reads) == (0, 7) and (tmp_path / "lost-900.png").exists()
+    assert rows == ["points of 1", "---", *evaluate.LOST, "mass of layer (worst head)", "---", "0", "1", "2"]
+    records = {x["settings"]["method"]: x for x in json.loads(ask("lost", *arguments, "--json")[1])}
+    assert {name for name, x in records.items() if "mass" in x} == {"hip", "oracle"}
+    mass = torch.tensor([[records[x]["mass"][y] for y in ("question", "answer")] for x in ("hip", "oracle")])
+    assert mass.shape == (2, 2, 3, 4)
+    if top_k == 1024:  # covers the text
+        close(mass, torch.ones_like(mass))
+        assert len({x["said"] for x in records.values()}) == 1
+    else:
+        assert 0 < mass.min() and mass.max() < 0.999 and len({x["said"] for x in records.values()}) > 3
+
+
+WRONG = {
+    "a task must be one of one, values, keys, trace": ["tasks", "--tasks", "passkey"],
+    "a task must be one of passkey, several": ["needles", "--tasks", "one"],
+    "a method must be one of dense, hip": ["lost", "--methods", "hip/fast"],
+    "must be two, each dense or by HiP": ["tasks", "--methods", "hip/streaming"],
+    "must be two, each dense": ["lost", "--methods", "hip/hip/hip"],
+    "needs block_q=64, no rope_clip and no halves": ["coverage", "--methods", "hip/oracle"],
+    "--samples must be at least 1, not 0": ["tasks", "--samples", 0],
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_evaluate_cannot_do_is_refused_in_one_line(ask, words):
+    status, out, err, reads = ask(*WRONG[words])
+    assert (status, out, err.count("\n"), reads) == (2, "", 1, 0)
+    assert words in err and err.startswith("evaluate.py: ")
