@@ -135,6 +135,7 @@ def arguments() -> argparse.ArgumentParser:
         "window": "latest tokens, always attended to",
         "dense_layers": "first layers that attend densely",
         "refresh_interval": "decoding steps that share one selection",
+        "decode_factor": "how many times as many keys decoding chooses, of as many times more",
         "dense_tail": "last tokens of the prompt that attend densely",
     }.items():
         add(

@@ -62,30 +62,28 @@ class HiPConfig:
     """All numbers of the method; sizes in tokens unless said otherwise.  ValueError if one cannot work.
 
     Differs from the paper: one search for all query heads of a key head, ranked by attention mass, in blocks
-    of 16 keys, with `memory` and `dense_tail`.  The paper's setting is `HiPConfig(top_k=512, block_k=2,
-    stride_k=1, score="max", per_head=True, dense_layers=3, dense_tail=0, memory=False)`.
+    of 32 keys, with `decode_factor`, `dense_tail` and `memory`.  The paper's setting is `HiPConfig(top_k=512,
+    block_k=2, stride_k=1, score="max", per_head=True, dense_layers=3, decode_factor=1, dense_tail=0,
+    memory=False)`.
     """
 
-    top_k: int = 1024
+    top_k: int = 2048
     block_q: int = 64
-    block_k: int = 16
+    block_k: int = 32
     stride_q: int = 2
-    stride_k: int = 2
+    stride_k: int = 4
     sink: int = 16  # first tokens, up to a whole block: always attended to
     window: int = 256  # latest positions that a query sees at least, itself included
     representative: str = "center"  # block that stands for a branch: "center", "first" or "last"
     score: str = "mass"  # what a block is worth: "mass", or "max", the paper's (`score_blocks`)
     per_head: bool = False  # a search for each query head, as in the paper, not for each key head
-    rope_clip: int | None = (
-        None  # distance from which on keys are equally far (`rotated`); None: positions as they are
-    )
+    rope_clip: int | None = None  # distance from which on keys are equally far (`rotated`); None: none is
     # read by the model, not by the functions of this file
     dense_layers: int = 0
     refresh_interval: int = 8  # decoding steps
+    decode_factor: int = 2  # by how much more decoding chooses, and of how many more keys (`decoding`)
     dense_tail: int = 64  # last queries of a prompt that attend densely
-    memory: bool = (
-        True  # decoding starts from the exact best blocks of a prompt's end, and refreshes remember
-    )
+    memory: bool = True  # decoding begins with the best blocks of a prompt's end, and refreshes remember
     beam: InitVar[None] = None  # of version 1
 
     def __post_init__(self, beam: None):
@@ -104,13 +102,19 @@ class HiPConfig:
                 check(x is None or type(x) is int and x >= least, f.name, "None or " + wanted)
             if f.type == "bool":
                 check(type(x) is bool, f.name, "True or False")
-        for name in ("top_k", "block_q", "block_k"):
+        for name in ("top_k", "block_q", "block_k", "decode_factor"):
             check(getattr(self, name).bit_count() == 1, name, "a power of two")
         check(self.top_k % self.block_k == 0, "top_k", f"a multiple of block_k={self.block_k}")
         check(self.block_q % self.stride_q == 0, "stride_q", f"a divisor of block_q={self.block_q}")
         check(self.block_k % self.stride_k == 0, "stride_k", f"a divisor of block_k={self.block_k}")
         check(self.representative in ("center", "first", "last"), "representative", "center, first or last")
         check(self.score in ("mass", "max"), "score", "mass or max")
+
+    @property
+    def decoding(self) -> HiPConfig:
+        """What a decoding step uses: it costs little beside the weights, and there answers are lost."""
+        wider = dict(top_k=self.top_k * self.decode_factor, decode_factor=1)
+        return replace(self, **wider, stride_k=max(1, self.stride_k // self.decode_factor))
 
     @property
     def budget(self) -> int:  # M
@@ -759,8 +763,8 @@ class OffloadedKVCache:
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's
     folder for temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key head on the device.  None: as the paper has it, for
-    attention sink, top_k and window, for the search 2 * top_k / stride_k * log2(tokens), which is what one
-    search looks at; with a search per query head for each head of the group.
+    attention sink, top_k and window, for the search what one search looks at, 2 * top_k / stride_k in each
+    of log2(tokens / top_k) rounds; with a search per query head for each head of the group.
 
     A prompt is read beside this cache, layer by layer, and written once (`append`); what `layer` returns
     serves the queries behind it.  Differs from the paper: misses are copied in before a kernel runs, not
@@ -788,8 +792,7 @@ class OffloadedKVCache:
         round = group * 2 * cfg.budget  # pages that one round of a search looks at
         least = attended * block + min(pages, round) * keys
         if resident_tokens is None:
-            rounds = math.ceil(math.log2(max(2, tokens)))
-            resident_tokens = attended * block + min(pages, round * rounds) * keys
+            resident_tokens = attended * block + min(pages, round * rounds_of(pages, cfg)) * keys
         if resident_tokens < least:
             raise ValueError(
                 f"resident_tokens must be at least {least}, as a step needs, not {resident_tokens}"

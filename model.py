@@ -165,22 +165,19 @@ class Context:
                 raise ValueError("dense attention needs all keys and values at once: it cannot be offloaded")
             cfg = replace(cfg, rope_clip=None)  # HiP alone looks at few enough keys to rotate them each time
         if method == "streaming":
-            cfg = replace(cfg, window=cfg.window + cfg.top_k, dense_layers=0)
-        self.model, self.cfg, self.method, self.kernels, c = model, cfg, method, kernels, model.config
-        self.capacity, self.length, self.whole = (
-            capacity,
-            0,
-            True,
-        )  # tokens; tokens read; no call was cut short
+            cfg = replace(cfg, dense_layers=0)
+        self.model, self.method, self.kernels, c = model, method, kernels, model.config
+        self.cfg, self.decoding = cfg, cfg.decoding
+        self.capacity, self.length = capacity, 0  # tokens, and those that were read
+        self.whole = True  # no call was cut short
         shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
         self.cache = None
         try:
             if offload is None:
                 self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
             else:
-                self.cache = kernels.OffloadedKVCache(
-                    shape, c.heads, cfg, model.dtype, model.device, **offload
-                )
+                how = c.heads, self.decoding, model.dtype, model.device
+                self.cache = kernels.OffloadedKVCache(shape, *how, **offload)
         except RuntimeError as error:
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
@@ -300,7 +297,7 @@ class Context:
 
         unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
         """
-        cfg, (T, Tk) = self.cfg, (q.shape[2], k.shape[2])
+        cfg, (T, Tk) = self.cfg if unit else self.decoding, (q.shape[2], k.shape[2])
         if tail or self.method == "dense" or layer < cfg.dense_layers:
             self.count(layer, T, Tk)
             size = T if self.method == "dense" else unit or 1
@@ -317,6 +314,7 @@ class Context:
             previous = selection if cfg.memory else None
             selection = self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
         elif self.method == "streaming":
+            cfg = replace(cfg, window=cfg.window + cfg.top_k)
             selection = hip.no_blocks(q, k.shape, cfg)
         if unit == 0:
             self.selection[layer] = selection

@@ -417,7 +417,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name(run):
             run.module.sparse_attention(x["q"], x["k"], x["v"], selection, x["cfg"], **more)
         with pytest.raises(ValueError, match=f"^{words}"):
             run.module.hip_attention(x["q"], x["k"], x["v"], x["cfg"], selection, **more)
-    with pytest.raises(ValueError, match="selection must have windows that begin with a block of 16 tokens"):
+    with pytest.raises(ValueError, match="selection must have windows that begin with a block of 32 tokens"):
         sparse_attention(q, k, k, Selection(blocks, torch.tensor([3])), HiPConfig())
     with pytest.raises(ValueError, match="v must be"):
         dense_attention(q, k, k.half())
@@ -921,7 +921,8 @@ def test_the_tokens_on_the_device_grow_as_the_logarithm_of_the_text():
     bounds = [hip.OffloadedKVCache((1, 1, 1, 2**n, 4), 1, cfg, torch.float32).bound for n in (16, 17, 18, 19)]
     assert [b - a for a, b in itertools.pairwise(bounds)] == [2 * cfg.top_k // cfg.stride_k] * 3
     near = cfg.sink + cfg.top_k + cfg.window + cfg.refresh_interval
-    assert 0 <= bounds[0] - 16 * 2 * cfg.top_k // cfg.stride_k - near < 4 * cfg.block_k
+    rounds = 16 - math.log2(cfg.top_k)
+    assert 0 <= bounds[0] - rounds * 2 * cfg.top_k // cfg.stride_k - near < 4 * cfg.block_k
 
 
 def test_a_file_of_an_offloaded_cache_cannot_be_found_or_outlive_it(tmp_path):

@@ -83,12 +83,12 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     return Selection(blocks, hip.domain(1, k.shape[2], cfg, q.device)[1] * cfg.block_k)
 
 
-PAPER = dict(top_k=512, score="max", per_head=True, dense_tail=0, memory=False)
+PAPER = dict(top_k=512, score="max", per_head=True, decode_factor=1, dense_tail=0, memory=False)
 METHODS = {  # a new method is a line here
     "dense": Method("dense"),
     "hip": Method(),
     "paper": Method(fields=PAPER | dict(block_k=2, stride_k=1, dense_layers=3)),
-    "bare": Method(fields=PAPER),  # the paper's search in blocks of 16
+    "bare": Method(fields=PAPER | dict(block_k=16, stride_k=2)),  # the paper's search in blocks of 16
     "streaming": Method("streaming"),
     "random": Method(select=at_random),
     "oracle": Method(select=exactly),
@@ -102,13 +102,13 @@ METHODS = {  # a new method is a line here
 DEFAULT = list(METHODS)[:8]
 LOST = ["dense", "hip", "hip/dense", "dense/hip", "hip/oracle", "oracle/hip", "oracle"]
 SWEEP = dict(
-    top_k=(256, 512, 2048), block_q=(16, 32, 128), block_k=(8, 32), stride_q=(1, 4, 8), stride_k=(1, 4)
+    top_k=(512, 1024, 4096), block_q=(16, 32, 128), block_k=(8, 16), stride_q=(1, 4, 8), stride_k=(1, 2, 8)
 )
 SWEEP |= dict(score=("max",), per_head=(True,), representative=("first", "last"))
-SWEEP |= dict(refresh_interval=(1, 4, 16), dense_tail=(0, 16))
+SWEEP |= dict(refresh_interval=(1, 4, 16), decode_factor=(1, 4), dense_tail=(0, 16))
 IDLE = {  # where a field shows nothing: a refresh in a prompt, a dense tail there or in one query block
-    "perplexity": ("refresh_interval", "dense_tail"),
-    "coverage": ("refresh_interval", "dense_tail", "block_q"),
+    "perplexity": ("refresh_interval", "decode_factor", "dense_tail"),
+    "coverage": ("refresh_interval", "decode_factor", "dense_tail", "block_q"),
 }
 
 
@@ -134,6 +134,7 @@ class Halved(Context):
 
     def attend(self, layer, q, k, v, unit=0, tail=False) -> torch.Tensor:
         self.cfg, self.kernels = self.halves[unit == 0]
+        self.decoding = self.cfg.decoding
         return super().attend(layer, q, k, v, unit, tail)
 
 

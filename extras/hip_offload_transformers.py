@@ -135,7 +135,9 @@ class Stored:
             try:
                 cache = kernels(k.device).OffloadedKVCache
                 with torch.inference_mode(False):  # tensors made in that mode cannot be written outside
-                    self.rows = [cache(shape, H, cfg, k.dtype, k.device, *self.settings) for _ in range(B)]
+                    self.rows = [
+                        cache(shape, H, cfg.decoding, k.dtype, k.device, *self.settings) for _ in range(B)
+                    ]
             except ValueError as error:
                 raise ValueError(f"{error} (for one layer of one row)") from error
         elif not good:

@@ -22,6 +22,7 @@ soft-caps, packed sequences, paged caches.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import threading
@@ -66,6 +67,11 @@ def settings(config: transformers.PreTrainedConfig) -> HiPConfig:
         raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}") from error
 
 
+@functools.cache
+def decoding(cfg: HiPConfig) -> HiPConfig:
+    return cfg.decoding
+
+
 def kernels(device: torch.device) -> ModuleType:
     """Triton's on a GPU where triton is installed, else the reference."""
     fast = device.type == "cuda" and importlib.util.find_spec("triton")
@@ -83,12 +89,13 @@ def read(row: tuple | None, q: Tensor, past: list, cfg: HiPConfig, scale: float 
     Tq, T, unit = q.shape[2], k.shape[2], max(cfg.block_q, hip.PIECE * (1 if q.device.type == "cpu" else 8))
     body = Tq if row else max(0, Tq - cfg.dense_tail)
     if body and not dense:
+        own = decoding(cfg) if row else cfg
         if body < Tq:
             k, v = (x[:, :, : T - Tq + body] for x in past)
         if steps % cfg.refresh_interval == 0:
             previous = selection if cfg.memory else None
-            selection = lib.select_blocks(q[:, :, :body], k, cfg, previous, scale=scale)
-        out.append(lib.sparse_attention(q[:, :, :body], k, v, selection, cfg, scale=scale))
+            selection = lib.select_blocks(q[:, :, :body], k, own, previous, scale=scale)
+        out.append(lib.sparse_attention(q[:, :, :body], k, v, selection, own, scale=scale))
     for a, b in [*(cut(0, body, unit) if dense else []), *cut(body, Tq, unit)]:
         k, v = (x[:, :, : T - Tq + b] for x in past)
         out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))

@@ -428,7 +428,7 @@ def test_streaming_attends_to_sink_and_window_without_a_search(tiny):
     context.prefill(some_tokens(333)), list(decode(context, 5))
     assert calls == []
     assert all(s.blocks.shape[3] == 0 for s in context.selection)
-    assert [int(s.window_start) for s in context.selection] == [(337 - 48 + 1) // 8 * 8] * tiny.config.layers
+    assert [int(s.window_start) for s in context.selection] == [(337 - 80 + 1) // 8 * 8] * tiny.config.layers
     assert not any(n.dense for n in notes)  # no layer, and no tail
 
 
@@ -559,7 +559,7 @@ BAD = {
     ],
     "--offload-dir and --resident-tokens must come with": ["--prompt", "a", "--resident-tokens", 99],
     "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
-    "resident_tokens must be at least 216, as a step needs": [
+    "resident_tokens must be at least 240, as a step needs": [
         "--prompt",
         "a",
         "--offload",
@@ -605,7 +605,7 @@ def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(ru
     summary = json.loads(err.strip().splitlines()[-1].split("\r")[-1])
     assert (status, same) == (0, text) and (summary["prompt_tokens"], summary["new_tokens"]) == (5, 5)
     assert summary["score_share"] == 1 and summary["prefill_tokens_per_s"] > 0
-    few = ["--top-k", 16, "--window", 16, "--sink", 0, "--dense-tail", 0]
+    few = ["--top-k", 16, "--block-k", 16, "--window", 16, "--sink", 0, "--dense-tail", 0]
     _, _, err = run("--prompt", "cat" * 160, "--max-new-tokens", 5, "--json", *few)
     assert 0.1 < json.loads(err.strip().splitlines()[-1].split("\r")[-1])["score_share"] < 0.8
 
@@ -613,6 +613,7 @@ def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(ru
 @pytest.mark.parametrize("store", ["host", "disk"])
 def test_an_offloaded_cache_answers_the_same_and_reports_what_it_moved(run, tmp_path, store):
     arguments = ["--prompt", "cat" * 160, "--max-new-tokens", 12, "--json", "--top-k", 16, "--window", 16]
+    arguments += ["--block-k", 16]
     _, text, _ = run(*arguments)
     folder = ["--offload-dir", tmp_path] if store == "disk" else []
     status, same, err = run(*arguments, "--offload", store, "--resident-tokens", 320, *folder)
