@@ -1,6 +1,7 @@
 # One environment, made once; `make demo` and `make test` need nothing but Python 3.10 to 3.13 and this folder.
 PYTHON ?= python3
 RUN = .venv/bin/python
+TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto  # threads of two workers would wait for each other
 
 .venv/installed: pyproject.toml extras/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -18,8 +19,8 @@ demo: install
 test: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q
-	$(RUN) -m pytest -q extras  # by itself: these tests must not import Triton before the interpreter is asked for
+	$(TESTS)
+	$(TESTS) extras  # by itself: these tests must not import Triton before the interpreter is asked for
 
 notebooks: install
 	$(RUN) notebooks/build.py

@@ -466,7 +466,7 @@ def attention_kernel(
     b_acc = tl.zeros([ROWS, o_d.shape[0]], tl.float32)
     b_m, b_l = tl.full([ROWS], -INF, tl.float32), tl.zeros([ROWS], tl.float32)
 
-    start, end = tl.load(p_start + i_n).to(tl.int32), tl.max(tl.where(m_r, o_own, -1), 0) + 1
+    start, end = tl.load(p_start + i_n).to(tl.int32), tl.max(tl.where(m_r, o_own, 0), 0) + 1
     count, sink, last, o_last = own_tokens(p_blocks, start, end, o_own, M, LO * BLOCK_K, BLOCK_K)
     whole, one = count // TILE * TILE, tl.full([], 1, OFFSET)
     keys = head(p_k, s_k, i_b, i_k), one * s_k[2], s_k[3], table, begin - CLIP

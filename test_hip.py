@@ -21,12 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, example, given, seed, settings, stateful
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -38,7 +39,7 @@ from hip import HiPConfig, Selection, dense_attention, hip_attention, sparse_att
 DEVICE = "cuda" if GPU else "cpu"
 HERE = Path(__file__).parent
 HALVES = (torch.float16, torch.bfloat16)
-SMALL = HiPConfig(top_k=16, block_k=4, block_q=16, sink=5, window=9, refresh_interval=4)
+SMALL = HiPConfig(top_k=16, block_k=4, block_q=16, stride_k=2, sink=5, window=9, refresh_interval=4)
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tensors are so small that threads would wait for each other
 settings.register_profile("hip", deadline=None, max_examples=40, derandomize=True)
@@ -1000,6 +1001,54 @@ def test_decoding_with_many_rows_for_a_key_head(run, Tq):
     case = Case(2, 9, 1, Tq, 75, 32, "normal", torch.float32, Tq, SMALL)
     selection = run.select(case)
     assert_attention(run.attend(case, selection), case, selection)
+
+
+@pytest.fixture
+def bounds(kernels, monkeypatch):
+    """Makes the interpreter refuse what is read or written outside of the tensors that a kernel is given."""
+    if DEVICE != "cpu":
+        pytest.skip("a GPU has compute-sanitizer for this")
+    from triton.runtime import interpreter
+
+    known, run = [], interpreter.InterpretedFunction.run
+
+    def noted(self, *arguments, **named):
+        tensors = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.numel()]
+        last = [sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors]
+        known[:] = [(x.data_ptr(), x.data_ptr() + n * x.itemsize) for x, n in zip(tensors, last, strict=True)]
+        return run(self, *arguments, **named)
+
+    for name, place in ("create_masked_load", 0), ("create_masked_store", 1):  # where the mask stands
+        plain = getattr(interpreter.InterpreterBuilder, name)
+
+        def touch(self, pointers, *more, name=name, place=place, plain=plain):
+            at = pointers.data[more[place].data.astype(bool)]
+            inside = np.any([(first <= at) & (at <= last) for first, last in known], 0)
+            assert inside.all(), f"{name}: {at[~inside]} is outside of {known}"
+            return plain(self, pointers, *more)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, touch)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", noted)
+
+
+@pytest.mark.parametrize("clip", [None, 9])
+@pytest.mark.parametrize("block_q", [16, 64])  # of 64 rows of a head two programs share the work
+@pytest.mark.parametrize("Tq", [1, 65])  # the last query block has one row
+def test_no_kernel_touches_memory_outside_of_its_tensors(bounds, kernels, Tq, block_q, clip):
+    cfg = replace(SMALL, block_q=block_q, rope_clip=clip, score="mass")
+    for heads, Tk in (((1, 1), 150), ((3, 1), 143)):
+        case = Case(2, *heads, Tq, Tk, 128, "normal", torch.float32, Tk, cfg)
+        x = dict(k=case.k, cfg=cfg, rope=case.rope)
+        old = kernels.select_blocks(case.q, **x)
+        kernels.sparse_attention(
+            case.q, v=case.v, selection=kernels.select_blocks(case.q, previous=old, **x), **x
+        )
+    cache = kernels.OffloadedKVCache((1, 2, 1, 143, 128), 3, cfg, torch.float32)
+    cache.append(0, case.k, case.v)
+    pages = cache.layer(0)
+    chosen = kernels.select_blocks(case.q[:, :, -1:], pages, cfg, rope=case.rope)
+    kernels.sparse_attention(case.q[:, :, -1:], pages, pages, chosen, cfg, rope=case.rope)
 
 
 def apart(*command):

@@ -29,7 +29,9 @@ from hip import HiPConfig  # noqa: E402
 from model import Context, load  # noqa: E402
 
 COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens
-SMALL = HiPConfig(top_k=32, block_k=8, block_q=16, window=16, sink=4, dense_tail=5, refresh_interval=4)
+SMALL = HiPConfig(
+    top_k=32, block_k=8, block_q=16, stride_k=2, window=16, sink=4, dense_tail=5, refresh_interval=4
+)
 
 # --- the model ---------------------------------------------------------------------------------------------
 
