@@ -378,6 +378,11 @@ def test_a_configuration_of_version_1_is_told_what_replaces_its_beam():
         HiPConfig(beam=2)
 
 
+def test_decoding_chooses_more_blocks_by_more_of_their_keys():
+    cfg = HiPConfig(top_k=64, block_k=16, stride_k=4, window=7, decode_factor=8)
+    assert cfg.decoding == replace(cfg, top_k=512, stride_k=1, decode_factor=1) == cfg.decoding.decoding
+
+
 def test_inputs_that_do_not_fit_are_refused_by_name(run):
     q, k, cfg = torch.zeros(1, 4, 8, 32), torch.zeros(1, 2, 9, 32), HiPConfig(rope_clip=20)
     (cos, sin), blocks = rotary_table(28, 32), torch.full((1, 2, 1, 64), -1, dtype=torch.int32)
