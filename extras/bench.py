@@ -198,6 +198,7 @@ def decoding(method: str, qkv: list, cfg: HiPConfig, kernels: ModuleType, need: 
 def attention_row(phase: str, qkv: list, cfg: HiPConfig, dense: bool, options: argparse.Namespace) -> dict:
     """Dense attention, HiP, and HiP of another folder, of the same inputs."""
     (B, H, T, D), Hkv, Tq = qkv[0].shape, qkv[1].shape[1], qkv[0].shape[2] if phase == "prefill" else 1
+    cfg = cfg if phase == "prefill" else cfg.decoding
     need, runs = needed(B, Tq, T, (D, H, Hkv), cfg, qkv[0].dtype.itemsize), {}
     if dense:
         ways = measuring.dense_ways(qkv[0][:, :, -Tq:], *qkv[1:])
@@ -226,7 +227,8 @@ def model_row(
     text = torch.tensor([measuring.natural_text(tokenizer, T + 1)], device=model.device)
     weights = sum(x.numel() for name, x in model.weights.items() if x.ndim == 2 and "embed" not in name)
     weights += 0 if phase == "prefill" else model.weights["embed_tokens.weight"].numel()
-    need = needed(1, Tq, T, (c.head_size, c.heads, c.kv_heads), cfg, size)
+    own = cfg if phase == "prefill" else cfg.decoding
+    need = needed(1, Tq, T, (c.head_size, c.heads, c.kv_heads), own, size)
 
     def whole(**share: float) -> tuple[float, float]:  # all layers' attention, and the weights
         parts = [[c.layers * n * x for x in need[name]] for name, n in share.items()]
@@ -245,7 +247,7 @@ def model_row(
 
     def write(method: str, refresh: int) -> None:
         # one cache for all: what is in it costs no time
-        context.method, context.cfg = method, replace(cfg, refresh_interval=refresh)
+        context.method, context.decoding = method, replace(cfg.decoding, refresh_interval=refresh)
         for _ in range(block):
             model.logits(context.decode(text[:, T:])[0, -1])
 

@@ -206,6 +206,7 @@ def attention(phase: str, job: Job) -> Iterator[dict]:
 
 def attention_times(job: Job, B: int, T: int, heads: tuple[int, int, int], decoding: bool) -> dict:
     (D, H, Hkv), Tq, cfg, kernels, host, sets = heads, 1 if decoding else T, HiPConfig(), job.kernels, [], []
+    cfg = cfg.decoding if decoding else cfg
     for _ in range(1 if B * T * Hkv * D > 2**28 else 2):  # sets of inputs
         shapes = (H, Tq), (Hkv, T), (Hkv, T)
         q, k, v = (torch.randn(B, h, t, D, device=job.device, dtype=job.dtype) for h, t in shapes)

@@ -126,7 +126,7 @@ def one_layer(
     T: int, steps: int, device: str, stores: Iterable[str], folder: str | None = None
 ) -> Iterator[Way]:
     """Attention of one layer, as above, behind T tokens."""
-    cfg, kernels = HiPConfig(), kernels_for(device)
+    cfg, kernels = HiPConfig().decoding, kernels_for(device)
     dtype = torch.float32 if kernels is hip else torch.bfloat16
     new = [[x.to(device) for x in step] for step in decoding(0, T, steps, dtype)]
     kv = resident(0, T, steps, dtype, device)
@@ -210,7 +210,7 @@ def table(options: argparse.Namespace) -> int:
 
 
 def million(options: argparse.Namespace) -> int:
-    cfg, dtype, T, layers = HiPConfig(), torch.bfloat16, options.tokens[0], options.layers
+    cfg, dtype, T, layers = HiPConfig().decoding, torch.bfloat16, options.tokens[0], options.layers
     steps, shape = options.steps or 32, (options.layers, 1, HKV, options.tokens[0] + (options.steps or 32), D)
     cache = OffloadedKVCache(shape, H, cfg, dtype, store="disk", folder=options.folder)
     filling = time.perf_counter()
