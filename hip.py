@@ -346,9 +346,8 @@ def sink_and_window(x: QueryBlocks, start: Tensor, Tk: int, cfg: HiPConfig) -> T
     first = (start // cfg.block_k)[:, None]
     last = x.at.amax(1, keepdim=True).clamp(max=Tk - 1) // cfg.block_k
     sink = torch.arange(min(cfg.sink_blocks, -(-Tk // cfg.block_k)), device=x.q.device).expand(len(x.q), -1)
-    return torch.cat(
-        [sink, first + torch.arange(max(0, int((last + 1 - first).max())), device=x.q.device)], 1
-    )
+    window = torch.arange(max(0, int((last + 1 - first).max())), device=x.q.device)
+    return torch.cat([sink, first + window], 1)
 
 
 # --- query blocks and the keys that they see ---------------------------------------------------------------
@@ -378,16 +377,7 @@ def runs(NQ: int, heads: int, cfg: HiPConfig) -> list[slice]:
     return [slice(start, min(NQ, start + size)) for start in range(0, NQ, size)]
 
 
-def query_blocks(
-    q: Tensor,
-    keys: Rows | Pages,
-    i: slice,
-    S: int,
-    cfg: HiPConfig,
-    *,
-    stride: int = 1,
-    scale: float | None = None,
-) -> QueryBlocks:
+def query_blocks(q, keys: Rows | Pages, i: slice, S: int, cfg, *, stride=1, scale=None) -> QueryBlocks:
     """Every stride-th row of query blocks i of (B, H, Tq, D), of all S searches."""
     (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, keys.shape
     R = min(cfg.block_q, Tq)
@@ -402,9 +392,7 @@ def query_blocks(
     return QueryBlocks(b_q, at, head, D**-0.5 if scale is None else scale)
 
 
-def searching_blocks(
-    q: Tensor, keys: Rows | Pages, cfg: HiPConfig, scale: float | None
-) -> Iterator[tuple[slice, QueryBlocks]]:
+def searching_blocks(q, keys: Rows | Pages, cfg, scale) -> Iterator[tuple[slice, QueryBlocks]]:
     """Which query blocks have something to choose, some at a time, with what a search needs to know."""
     (lo, hi), S = domain(q.shape[2], keys.shape[2], cfg, q.device), searches(q, keys, cfg)
     for i in runs(len(hi), len(q) * S, cfg):
@@ -620,18 +608,13 @@ def source(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope
     """Where the rows of k (and v) are taken from, when all is checked."""
     check(q, kv, scale)
     if (rope is None) != (cfg.rope_clip is None):
-        raise ValueError(
-            f"rope must be given with rope_clip, and only then; rope_clip is {cfg.rope_clip} here"
-        )
-    if rope is not None:
+        raise ValueError(f"rope must be given with rope_clip, and only then; that is {cfg.rope_clip} here")
+    for x in rope or ():
         half, wanted = q.shape[3] / 2, cfg.rope_clip + min(cfg.block_q, q.shape[2])
-        for x in rope:
-            if x.ndim != 2 or x.shape[1] != half or len(x) < wanted:
-                raise ValueError(
-                    f"rope must be cos and sin, {wanted} or more x {half:g}, not {tuple(x.shape)}"
-                )
-            if (x.dtype, x.device) != (torch.float32, q.device):
-                raise ValueError(f"rope must be float32 on {q.device} like q, not {x.dtype} on {x.device}")
+        if x.ndim != 2 or x.shape[1] != half or len(x) < wanted:
+            raise ValueError(f"rope must be cos and sin, {wanted} or more x {half:g}, not {tuple(x.shape)}")
+        if (x.dtype, x.device) != (torch.float32, q.device):
+            raise ValueError(f"rope must be float32 on {q.device} like q, not {x.dtype} on {x.device}")
     if not isinstance(kv[0], Pages):
         return Rows(kv, cfg.block_k, rope)
     if q.shape[2] > 1 or cfg.block_k != kv[0].banks[1].keys:
@@ -794,45 +777,36 @@ class OffloadedKVCache:
         if resident_tokens is None:
             resident_tokens = attended * block + min(pages, round * rounds_of(pages, cfg)) * keys
         if resident_tokens < least:
-            raise ValueError(
-                f"resident_tokens must be at least {least}, as a step needs, not {resident_tokens}"
-            )
+            wanted = f"at least {least}, as a step needs"
+            raise ValueError(f"resident_tokens must be {wanted}, not {resident_tokens}")
+        if store not in ("host", "disk"):
+            raise ValueError(f"store must be host or disk, not {store!r}")
         self.bound, looked_at = resident_tokens, min(pages, (resident_tokens - attended * block) // keys)
         pin = torch.device(device).type == "cuda"
         self.store = self.allocate((layers, 2, B, Hkv, pages * block, D), dtype, store, folder, pin)
         self.banks = []
         for x in self.store:
             k, v = x.unflatten(3, (pages, block)).flatten(1, 2)  # (B * Hkv, pages, block, D)
-            search, attention = (
-                self.bank([k], looked_at, cfg.stride_k, device),
-                self.bank([k, v], attended, 1, device),
-            )
-            self.banks.append((search, attention))
+            search = self.bank([k], looked_at, cfg.stride_k, device)
+            self.banks.append((search, self.bank([k, v], attended, 1, device)))
 
-    def allocate(
-        self, shape: tuple[int, ...], dtype: torch.dtype, store: str, folder: str | None, pin: bool
-    ) -> Tensor:
+    def allocate(self, shape: tuple, dtype: torch.dtype, store: str, folder: str | None, pin: bool) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         need = f"a cache of {self.shape[3]} tokens needs {size / 1e9:.1f} GB"
-        if store == "host":
-            try:
-                return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pin)
-            except RuntimeError as error:
-                raise ValueError(f"{need} of host memory: too much; store it on disk") from error
-        if store != "disk":
-            raise ValueError(f"store must be host or disk, not {store!r}")
         try:
+            if store == "host":
+                return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pin)
             # without a name: nobody can truncate it, and it is gone with the process, even a killed one
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.truncate(size)
                 if hasattr(os, "posix_fallocate"):  # a disk that is full later would be a signal
                     os.posix_fallocate(file.fileno(), 0, size)
                 self.mapping = mmap.mmap(file.fileno(), size)
+        except RuntimeError as error:
+            raise ValueError(f"{need} of host memory: too much; store it on disk") from error
         except OSError as error:
-            raise ValueError(
-                f"{need} in a file, which cannot be had in {folder or tempfile.gettempdir()}: "
-                f"{error.strerror}"
-            ) from error
+            where, why = folder or tempfile.gettempdir(), error.strerror
+            raise ValueError(f"{need} in a file, which cannot be had in {where}: {why}") from error
         return torch.frombuffer(self.mapping, dtype=dtype).view(shape)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -858,9 +832,8 @@ class OffloadedKVCache:
 
     def read(self, layer: int) -> list[Tensor]:
         """All keys and all values of a layer, (B, Hkv, T, D), copied to the device: for a further prompt."""
-        whole = [
-            x[:, :, : self.length[layer]].to(self.banks[layer][0].rows[0].device) for x in self.store[layer]
-        ]
+        device = self.banks[layer][0].rows[0].device
+        whole = [x[:, :, : self.length[layer]].to(device) for x in self.store[layer]]
         self.moved += sum(x.nbytes for x in whole)
         return whole
 
