@@ -7,8 +7,9 @@
     model.config.hip = HiPConfig(top_k=1024)  # may be missing, or a dict, which config.json can hold
     print(tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=100)[0]))
 
-The rows of a batch are read as by `model.py`, one by one, cut to their real tokens.  Each piece of a prompt
-has a dense tail, for nobody says which is the last, so pieces of `dense_tail` or fewer tokens are dense.
+The rows of a batch are read as by `model.py`, cut to their real tokens; those of one length together, others
+one by one.  Each piece of a prompt has a dense tail, for nobody says which is the last, so pieces of
+`dense_tail` or fewer tokens are dense.
 Layers with a sliding window of their own keep it.
 
 The library hands over keys and values, but no cache.  The keys *are* what the cache holds, though, be it a
@@ -26,6 +27,7 @@ import functools
 import importlib.util
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hip  # noqa: E402
-from hip import HiPConfig  # noqa: E402
+from hip import HiPConfig, Selection  # noqa: E402
 from model import MEMORY_QUERIES, cut, first_memory  # noqa: E402
 
 try:
@@ -79,10 +81,10 @@ def kernels(device: torch.device) -> ModuleType:
 
 
 def read(row: tuple | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | None, dense: bool) -> tuple:
-    """Attention of a row, q (1, H, Tq, D) at the end of T tokens, as model.py's `Context` does it: (o, row).
+    """Attention of rows, q (B, H, Tq, D) at the end of T tokens, as model.py's `Context` does it: (o, row).
 
     row: what decoding remembers, a selection and the steps since the prompt; None if this is a prompt.
-    past: keys and values (1, Hkv, T, D), in decoding also an offloaded cache's `hip.Pages`.  dense: whether
+    past: keys and values (B, Hkv, T, D), in decoding also an offloaded cache's `hip.Pages`.  dense: whether
     the layer is.
     """
     (k, v), (selection, steps), lib, out = past, row or (None, 0), kernels(q.device), []
@@ -143,17 +145,40 @@ def attention(
     prompt, dense = Tq > 1 or T == 1, module.layer_idx < cfg.dense_layers
     cache, (key, value) = key, key.begin(query, attention_mask, cfg, good) if stored else (key, value)
     out = torch.zeros_like(query)  # zeros come out for padding
-    for b, row in enumerate(rows):
-        seen = asked = slice(None)
-        if attention_mask is not None and not attention_mask[b].all():
-            seen, asked = attention_mask[b], attention_mask[b, -Tq:]
-        q = query[b : b + 1, :, asked]
-        if q.shape[2]:
-            past = [x[b : b + 1, :, :T][:, :, asked if stored else seen] for x in (key, value)]
-            past = cache.add(b, *past, prompt or dense) if stored else past
-            out[b : b + 1, :, asked], rows[b] = read(None if prompt else row, q, past, cfg, scaling, dense)
+    for members, n, new in groups(rows, attention_mask, T, Tq, alone=stored):
+        at = slice(members[0], members[-1] + 1) if members[-1] - members[0] < len(members) else members
+        q = query[at][:, :, new]
+        past = [x[at][:, :, new if stored else n] for x in (key, value)]
+        past = cache.add(members[0], *past, prompt or dense) if stored else past
+        (first, steps), chosen = rows[members[0]], [rows[b][0] for b in members]
+        first = first and Selection(torch.cat([x.blocks for x in chosen]), first.window_start)
+        out[at, :, new], (first, steps) = read(
+            None if prompt else (first, steps), q, past, cfg, scaling, dense
+        )
+        for i, b in enumerate(members):
+            rows[b] = first and Selection(first.blocks[i : i + 1], first.window_start), steps
     cache.hip_memory = (id(module), cfg, T), rows
     return out.transpose(1, 2), None
+
+
+def groups(rows: list, mask: Tensor | None, T: int, Tq: int, alone: bool) -> Iterator[tuple]:
+    """Rows of a batch that can be read together: their numbers, and which tokens and which queries are real.
+
+    They have as many real tokens, behind padding if there is any, and a selection of the same age.  Rows with
+    padding elsewhere, and `alone`, come one by one.
+    """
+    left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
+    found: dict[tuple, list[int]] = {}
+    counts = [(T, Tq)] * len(rows)
+    if mask is not None:
+        counts = list(zip(mask.sum(1).tolist(), mask[:, -Tq:].sum(1).tolist(), strict=True))
+    for b, (selection, steps) in enumerate(rows):
+        alike = steps, selection and selection.blocks.shape, b if alone or not left else -1
+        if counts[b][1]:
+            found.setdefault((*counts[b], *alike), []).append(b)
+    for (n, new, *_), members in found.items():
+        seen = (slice(T - n, T), slice(Tq - new, Tq)) if left else (mask[members[0]], mask[members[0], -Tq:])
+        yield members, *seen
 
 
 def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwargs: dict) -> None:

@@ -56,7 +56,17 @@ hip_transformers.register()
 settings.register_profile("hip", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("hip")
 COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens and more
-SMALL = HiPConfig(top_k=32, block_k=8, block_q=16, window=16, sink=4, dense_tail=5, refresh_interval=4)
+SMALL = HiPConfig(
+    top_k=32,
+    block_k=8,
+    block_q=16,
+    stride_k=2,
+    window=16,
+    sink=4,
+    dense_tail=5,
+    refresh_interval=4,
+    decode_factor=1,  # so that little is wanted near
+)
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
@@ -288,7 +298,14 @@ def test_layers_with_a_sliding_window_keep_it_even_while_it_covers_the_text(sear
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, dict(memory=False), dict(dense_layers=1), dict(dense_tail=0), dict(per_head=True, score="max")],
+    [
+        {},
+        dict(memory=False),
+        dict(dense_layers=1),
+        dict(dense_tail=0),
+        dict(per_head=True, score="max"),
+        dict(decode_factor=2),
+    ],
 )
 def test_a_model_reads_and_decodes_as_model_py_does(name, fields):
     model, tokens = tiny(name), some_tokens(1, 345)
@@ -306,7 +323,7 @@ def batches(draw):
     T, side = draw(st.integers(1, 260)), draw(st.sampled_from(["left", "right"]))
     sizes = list(map(len, torch.arange(T).split(draw(st.sampled_from([16, 40, 64, 260])))))
     assume(sizes[-1] > 1 or T == 1)  # a last piece of one token is read as a decoding step
-    lengths = [T, *draw(st.lists(st.integers(1, T), max_size=2))]
+    lengths = [T, *draw(st.lists(st.one_of(st.just(T), st.integers(1, T)), max_size=2))]
     place = torch.arange(T) if side == "right" else torch.arange(T).flip(0)
     mask = torch.nn.functional.pad(place < torch.tensor(lengths)[:, None], (0, 6), value=True)
     cfg = changed(
@@ -330,6 +347,15 @@ def test_every_row_of_a_padded_batch_in_chunks_is_that_row_alone_read_as_by_mode
         for layer in (0, 1):
             for output, expected in attend_alone(calls[layer::2], layer, b, seen, sizes, cfg):
                 torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_as_many_tokens_are_read_together(model, searches):
+    lengths = torch.tensor([200, 150, 200, 200])
+    mask = (torch.arange(200).flip(0) < lengths[:, None]).long()
+    model.generate(some_tokens(4, 200), attention_mask=mask, max_new_tokens=5, **GREEDY)
+    layers = model.config.num_hidden_layers
+    assert [len(q) for q, *_ in searches[: 2 * layers]] == [3, 1] * layers  # in the prompt
+    assert [len(q) for q, *_ in searches[2 * layers :]] == [3, 1] * layers  # in decoding
 
 
 def test_a_scale_of_the_models_own_is_that_of_search_and_memory_too():
@@ -567,7 +593,7 @@ def test_assisted_generation_gives_the_librarys_tokens_where_the_budget_covers()
 def test_beam_search_searches_at_every_step_without_memory(model, searches):
     model.generate(some_tokens(1, 200), max_new_tokens=6, num_beams=3, **GREEDY)
     steps = [previous for q, previous, _ in searches if q.shape[2] == 1]
-    assert len(steps) == 5 * 2 * 3 and steps == [None] * 30
+    assert steps == [None] * (5 * 2)  # of three beams together
 
 
 def test_a_compiled_model_gives_the_same_tokens_and_fullgraph_is_refused():
