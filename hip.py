@@ -25,7 +25,7 @@ Attention", ICLR 2025, arXiv 2406.09827.  `Alg. 1, l. n` below points into its A
     B batch, H query heads, Hkv key heads, Tq and Tk tokens, D head size
     S heads that search (Hkv, or H with per_head), NQ query blocks of each
     M = top_k // block_k nodes of a search, and blocks that it may choose
-    G query blocks that are worked on at a time, R rows of one, C key blocks of each, n keys of one
+    G query blocks that are worked on at a time, R rows of one, C key blocks of each, N keys of one
 
 Layout is (B, H, T, D).  Query head h reads key head h // (H // Hkv).  Queries are the last Tq of Tk tokens,
 row i at position Tk - Tq + i, so that reading a prompt, reading it in pieces and decoding are one function.
@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATHERED = 32768  # keys that are gathered at a time, so that they stay in a CPU's cache
+GATHERED = 32768  # keys that are gathered at a time, to stay in a CPU's cache, or those of one query block
 PIECE = 512  # queries of a head that are worked on at a time, at most, or one query block
 NO_BLOCK = 2**31 - 1  # padding: later than every query, so masked, and sorts last; leaves this file as -1
 LOWEST = torch.finfo(torch.float32).min  # least score of a real block, above the -inf of what is none
@@ -72,13 +72,13 @@ class HiPConfig:
     block_k: int = 32
     stride_q: int = 2
     stride_k: int = 4
-    sink: int = 16  # first tokens, up to a whole block: always attended to
+    sink: int = 16  # first tokens, rounded up to whole blocks: always attended to
     window: int = 256  # latest positions that a query sees at least, itself included
     representative: str = "center"  # block that stands for a branch: "center", "first" or "last"
     score: str = "mass"  # what a block is worth: "mass", or "max", the paper's (`score_blocks`)
     per_head: bool = False  # a search for each query head, as in the paper, not for each key head
     rope_clip: int | None = None  # distance from which on keys are equally far (`rotated`); None: none is
-    # read by the model, not by the functions of this file
+    # read by the model; in this file only the cache asks for one of them
     dense_layers: int = 0
     refresh_interval: int = 8  # decoding steps
     decode_factor: int = 2  # by how much more decoding chooses, and of how many more keys (`decoding`)
@@ -112,7 +112,10 @@ class HiPConfig:
 
     @property
     def decoding(self) -> HiPConfig:
-        """What a decoding step uses: it costs little beside the weights, and there answers are lost."""
+        """For decoding: decode_factor times top_k, and as many times more keys that take part in the search.
+
+        A step's attention costs little beside the model's weights, and much of an answer is lost there.
+        """
         wider = dict(top_k=self.top_k * self.decode_factor, decode_factor=1)
         return replace(self, **wider, stride_k=max(1, self.stride_k // self.decode_factor))
 
@@ -181,9 +184,9 @@ def select_blocks(
     each; q and k are then not rotated yet (`rotated`).
 
     Returns a Selection.  Raises ValueError when shapes, dtypes or devices do not fit together.
-    A block's choice is made by all of its queries: which old blocks one of them gets can depend on later ones
-    of the same block and, with "mass", on keys that these see; on nothing behind it.  Attention itself is
-    causal.
+    A query block's choice is made by all of its queries: which key blocks of the past one of them gets can
+    depend on later queries of the same block and, with "mass", on keys that these see; on nothing behind it.
+    Attention itself is causal.
 
     Differs from the paper: one search for the query heads that share a key head (not with cfg.per_head); a
     score that estimates attention mass (not with cfg.score="max"); `previous`, whose better blocks stay.
@@ -257,8 +260,8 @@ def score_blocks(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPCon
     the row) / (sum of exp over what the row sees anyway), so that no row outvotes the rest by being loud.
     """
     (G, C), R = blocks.shape, x.q.shape[1]
-    _, b_k = gather(x, keys, blocks, cfg)  # (G, C * n, D)
-    s = (b_k.float() @ x.q.transpose(1, 2)).view(G, C, -1, R).amax(2) * x.scale  # (G, C, R)
+    _, b_k = gather(x, keys, blocks, cfg)  # (G, C * N, D)
+    s = (b_k.float() @ x.q.transpose(1, 2)).view(G, C, -1, R).amax(2) * x.scale  # (G, C, R); scale > 0
     s = s - x.seen[:, None]
     s = s.logsumexp(2) if cfg.score == "mass" else s.amax(2)
     return s.where(s > LOWEST, LOWEST)
@@ -272,8 +275,8 @@ def seen_anyway(x: QueryBlocks, keys: Rows | Pages, cfg: HiPConfig) -> Tensor:
     seen = torch.zeros_like(x.at, dtype=torch.float32)
     if cfg.score == "mass":
         blocks = sink_and_window(x, x.hi * cfg.block_k, keys.shape[2], cfg)
-        tokens, b_k, *_ = gather(x, keys, blocks, cfg)  # (G, C * n), (G, C * n, D)
-        s = x.q * x.scale @ b_k.float().transpose(1, 2)  # (G, R, C * n)
+        tokens, b_k, *_ = gather(x, keys, blocks, cfg)  # (G, C * N), (G, C * N, D)
+        s = x.q * x.scale @ b_k.float().transpose(1, 2)  # (G, R, C * N)
         seen = s.masked_fill_(later(x, tokens), -math.inf).logsumexp(2)
     return seen.masked_fill(x.at >= keys.shape[2], math.inf)
 
@@ -322,9 +325,9 @@ def sparse_attention(
     """
     keys = source(q, (k, v), cfg, scale, rope)
     (B, H, Tq, D), (blocks, start), bk = q.shape, selection, cfg.block_k
-    S, NQ, R = blocks.shape[1], -(-Tq // cfg.block_q), min(cfg.block_q, Tq)
+    S, NQ, rows = blocks.shape[1], -(-Tq // cfg.block_q), min(cfg.block_q, Tq)  # rows of a head
     check_selection(selection, "selection", B, (keys.shape[1], H), NQ, bk)
-    out = q.new_empty(B, S, H // S, NQ, R, D)
+    out = q.new_empty(B, S, H // S, NQ, rows, D)
     dtype = torch.promote_types(q.dtype, torch.bfloat16)  # not float16, in which scores overflow on a CPU
     for i in runs(NQ, B * S, cfg):
         x = query_blocks(q, keys, i, S, cfg, scale=scale)
@@ -332,13 +335,13 @@ def sparse_attention(
         chosen = chosen[:, (chosen >= 0).any(0)]  # what is padding for all need not be gathered
         chosen = chosen.where(chosen >= 0, NO_BLOCK)
         always = sink_and_window(x, start[i].repeat_interleave(B * S), keys.shape[2], cfg)
-        tokens, b_k, b_v = gather(x, keys, torch.cat([chosen, always], 1), cfg)  # (G, C * n), twice (.., D)
-        unseen = later(x, tokens)[:, None]  # (G or 1, 1, R, C * n)
+        tokens, b_k, b_v = gather(x, keys, torch.cat([chosen, always], 1), cfg)  # (G, C * N), twice (.., D)
+        unseen = later(x, tokens)[:, None]  # (G or 1, 1, R, C * N)
         mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)  # added to the scores
         b_q, b_k, b_v = (y.to(dtype)[:, None] for y in (x.q, b_k, b_v))  # rows as of one head
         o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (G, 1, R, D)
-        out[:, :, :, i] = o.view(-1, B, S, H // S, R, D).movedim(0, 3)
-    return out.view(B, H, NQ * R, D)[:, :, :Tq]
+        out[:, :, :, i] = o.view(-1, B, S, H // S, rows, D).movedim(0, 3)
+    return out.view(B, H, NQ * rows, D)[:, :, :Tq]
 
 
 def sink_and_window(x: QueryBlocks, start: Tensor, Tk: int, cfg: HiPConfig) -> Tensor:
@@ -382,8 +385,10 @@ def query_blocks(q, keys: Rows | Pages, i: slice, S: int, cfg, *, stride=1, scal
     (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, keys.shape
     R = min(cfg.block_q, Tq)
     inside = torch.arange(0, R, stride, device=q.device)
-    row = torch.arange(i.start * R, i.stop * R, R, device=q.device)[:, None] + inside  # (n, rows of a head)
-    b_q = q[:, :, row.clamp(max=Tq - 1)].float()  # (B, H, n, rows of a head, D)
+    row = (
+        torch.arange(i.start * R, i.stop * R, R, device=q.device)[:, None] + inside
+    )  # (query blocks, rows of a head)
+    b_q = q[:, :, row.clamp(max=Tq - 1)].float()  # (B, H, query blocks, rows of a head, D)
     if keys.rope is not None:  # a query block begins at position rope_clip (`rotated`)
         b_q = rotate(b_q, *(y[cfg.rope_clip + inside] for y in keys.rope))
     b_q = b_q.unflatten(1, (S, -1)).movedim(3, 0).flatten(3, 4).flatten(0, 2)  # (G, R, D)
@@ -403,9 +408,10 @@ def searching_blocks(q, keys: Rows | Pages, cfg, scale) -> Iterator[tuple[slice,
 
 
 def later(x: QueryBlocks, tokens: Tensor) -> Tensor:
-    """The causal mask: which tokens (G, C * n) are later than which rows, (G, R, C * n), or padding.
+    """The causal mask: which tokens (G, C * N) are later than which rows, (G, R, C * N), or padding.
 
-    Where query blocks differ in what is past for all of their rows alone, one mask, G = 1, is enough.
+    All rows of a query block see what lies before its first.  Where query blocks differ in that alone, one
+    mask, G = 1, is enough.
     """
     behind = (tokens - x.at[:, :1]).clamp(min=0)  # by how much a token is later than the first row
     behind = behind[:1] if (behind == behind[:1]).all() else behind
@@ -422,8 +428,8 @@ def searches(q: Tensor, keys: Rows | Pages, cfg: HiPConfig) -> int:
 
 
 def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig) -> list[Tensor]:
-    """Tokens (G, C * n) of key blocks (G, C), keys (.., D) as these query blocks see them, values (.., D)."""
-    b_k, *b_v = keys.take(x.head, blocks)  # (G, C, n, D)
+    """Tokens (G, C * N) of key blocks (G, C), keys (.., D) as these query blocks see them, values (.., D)."""
+    b_k, *b_v = keys.take(x.head, blocks)  # (G, C, N, D)
     stride = cfg.block_k // b_k.shape[2]
     tokens = blocks[..., None] * cfg.block_k + torch.arange(0, cfg.block_k, stride, device=blocks.device)
     if keys.rope is not None:
@@ -434,8 +440,8 @@ def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig) -
 class Rows:
     """Rows of the key blocks of (B, Hkv, T, D) tensors: keys, or keys and values.
 
-    The one place that knows where keys are; `Pages` is the other kind of it, for an offloaded cache.  A cache
-    of which a part is filled is not copied: all heads are one table of rows, with gaps.
+    This and `Pages`, its kind for an offloaded cache, alone know where keys are.  A cache of which a part is
+    filled is not copied: all heads are one table of rows, with gaps.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], block: int, rope: Rope | None = None, stride: int = 1):
@@ -452,8 +458,8 @@ class Rows:
             self.tables.append((heads // H * batch + heads % H * head, table))  # a head's first row, all rows
 
     def take(self, head: Tensor, blocks: Tensor) -> list[Tensor]:
-        """The rows (G, C, n, D) of blocks (G, C) of heads (G,), of each tensor."""
-        tokens = (blocks[..., None] * self.block + self.inside).clamp(0, self.shape[2] - 1)  # (G, C, n)
+        """The rows (G, C, N, D) of blocks (G, C) of heads (G,), of each tensor."""
+        tokens = (blocks[..., None] * self.block + self.inside).clamp(0, self.shape[2] - 1)  # (G, C, N)
         return [F.embedding(first[head, None, None] + tokens, table) for first, table in self.tables]
 
     def thin(self, stride: int, copy: bool) -> Rows:
@@ -473,7 +479,7 @@ def oracle_blocks(
 ) -> Selection:
     """The exact best M blocks by the search's own block score: what `select_blocks` aims at, in O(T^2).
 
-    Arguments, result and errors as `select_blocks`.
+    Arguments but `previous`, result and errors as `select_blocks`.
     """
     keys = source(q, (k,), cfg, scale, rope)
     (lo, hi), S, M = domain(q.shape[2], keys.shape[2], cfg, q.device), searches(q, keys, cfg), cfg.budget
@@ -504,7 +510,7 @@ def random_blocks(
 
 @in_float32
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """Causal attention over everything, the oracle: torch's own.  Shapes as `sparse_attention`."""
+    """Causal attention over everything: torch's own.  Shapes as `sparse_attention`."""
     check(q, (k, v), scale)
     (_, H, Tq, _), (Hkv, Tk) = q.shape, k.shape[1:3]
     if Tq == 1:  # heads that share keys as rows of one product: many times faster on a CPU
@@ -568,7 +574,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
-    """Keys (G, C, n, D) rotated to positions at (G, C, n), which count from rope_clip before the query block.
+    """Keys (G, C, N, D) rotated to positions at (G, C, N), which count from rope_clip before the query block.
 
     A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none.
     So no distance passes rope_clip + block_q - 1, and no model meets one that it was not trained for (after
@@ -617,10 +623,11 @@ def source(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope
             raise ValueError(f"rope must be float32 on {q.device} like q, not {x.dtype} on {x.device}")
     if not isinstance(kv[0], Pages):
         return Rows(kv, cfg.block_k, rope)
-    if q.shape[2] > 1 or cfg.block_k != kv[0].banks[1].keys:
+    block, stride = kv[0].banks[1].keys, kv[0].banks[0].stride
+    if (q.shape[2], cfg.block_k, cfg.stride_k) != (1, block, stride):
         raise ValueError(
-            f"an offloaded cache is for single queries and key blocks of {kv[0].banks[1].keys}, not "
-            f"{q.shape[2]} queries and blocks of {cfg.block_k}"
+            f"an offloaded cache is for single queries with key blocks of {block} and stride_k {stride}, not "
+            f"for {q.shape[2]} queries, blocks of {cfg.block_k} and stride_k {cfg.stride_k}"
         )
     return replace(kv[0], parts=len(kv), rope=rope)
 
@@ -642,7 +649,7 @@ def check_selection(selection: Selection, name: str, B: int, S: tuple[int, ...],
 # store: host memory, or a file.  On the device each layer has two banks of pages, a page being one key block
 # of one key head: one bank for what the search looks at, one for what attention looks at.  A page table says
 # in which slot of the bank a page lies; a page that is missing is copied there, in place of the one that was
-# used least recently.  The functions above learn nothing of this: `Pages.take` stands beside `Rows.take`.
+# used least recently.  Search and attention learn nothing of this: `Pages.take` stands beside `Rows.take`.
 
 
 class Bank:
@@ -743,6 +750,7 @@ class OffloadedKVCache:
     """Keys and values of all layers in a store, and on the device only what decoding uses.  (Paper section 4)
 
     shape: (layers, B, Hkv, tokens, D) that it can hold, for H query heads; of `dtype`, used on `device`.
+    cfg: of the queries that it serves, in a model its `decoding`.
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's
     folder for temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key head on the device.  None: as the paper has it, for

@@ -374,7 +374,11 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("cache: the file has a name",
      "tempfile.TemporaryFile(dir=folder)", "tempfile.NamedTemporaryFile(dir=folder, delete=False)"),
     ("cache: a prompt is served",
-     "if q.shape[2] > 1 or cfg.block_k != kv[0].banks[1].keys:", "if cfg.block_k != kv[0].banks[1].keys:"),
+     "if (q.shape[2], cfg.block_k, cfg.stride_k) != (1, block, stride):",
+     "if (cfg.block_k, cfg.stride_k) != (block, stride):"),
+    ("cache: the search of other keys than it holds",
+     "if (q.shape[2], cfg.block_k, cfg.stride_k) != (1, block, stride):",
+     "if (q.shape[2], cfg.block_k) != (1, block):"),
     ]),
 ]  # fmt: skip
 
