@@ -31,6 +31,9 @@ from hip import HiPConfig, Selection
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
 METHODS = ("hip", "dense", "streaming")
+SPECIAL = dict(  # special tokens that chat templates may use: Hugging Face's names of them -> GGUF's
+    bos="bos", eos="eos", unk="unknown", sep="seperator", pad="padding", cls="cls", mask="mask"
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,27 @@ class ModelConfig:
     rope_divisor: tuple[float, ...]  # () or, of llama3 scaling, by how much each of D / 2 pairs turns slower
     tied: bool  # output matrix = embedding
 
+    def __post_init__(self):
+        def check(ok: bool, name: str, wanted: str):
+            if not ok:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+        for name, value in vars(self).items():
+            kind, most = self.__annotations__[name], 1000 if name == "layers" else 2**31 - 1
+            if kind == "int":
+                check(type(value) is int and 1 <= value <= most, name, f"a whole number from 1 to {most}")
+            if kind == "float":
+                check(type(value) in (int, float) and 0 < value < math.inf, name, "a positive number")
+        check(type(self.tied) is bool, "tied", "true or false")
+        check(self.heads % self.kv_heads == 0, "kv_heads", f"a divisor of {self.heads} heads")
+        check(self.head_size % 2 == 0, "head_size", "even")
+        pairs, good = self.head_size // 2, all(0 < x < math.inf for x in self.rope_divisor)
+        check(good and len(self.rope_divisor) in (0, pairs), "rope_divisor", f"{pairs} positive numbers")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the network uses, and its shape."""
-        C, D, hidden, q, kv = (
-            self.width,
-            self.head_size,
-            self.hidden,
-            self.heads * self.head_size,
-            self.kv_heads * self.head_size,
-        )
+        C, D, hidden = self.width, self.head_size, self.hidden
+        q, kv = self.heads * D, self.kv_heads * D
         layer = {
             "input_layernorm.weight": (C,),
             "post_attention_layernorm.weight": (C,),
@@ -270,6 +285,12 @@ class Context:
         room, T = self.capacity - self.length, tokens.shape[1]
         if not 1 <= T <= room:
             raise ValueError(f"the context of {self.capacity} tokens has room for {room} more, not for {T}")
+        low, high = map(int, tokens.aminmax())
+        if not 0 <= low <= high < self.model.config.vocabulary:
+            least = f"from 0 to {self.model.config.vocabulary - 1}"
+            raise ValueError(
+                f"the model knows tokens {least}, and its tokenizer made {low if low < 0 else high}"
+            )
         self.whole = False
         yield
         self.whole, self.length = True, self.length + T
@@ -411,16 +432,21 @@ def load(
         raise ValueError(f"the model must be a .gguf file, a folder or a hub id, not the file {path}")
     config, tensors, tokenizer = (read_folder if path.is_dir() else read_gguf)(path)
     dtype = dtype or default_dtype(device)
-    expected, weights = config.shapes(), {}
+    expected, weights = replace(config, tied=False).shapes(), {}
     for key, tensor in tensors:
-        if key == "lm_head.weight" and config.tied:
-            continue
         if key not in expected:
             raise ValueError(f"{path} has a tensor {key}, unknown in a {config.family} model: not supported")
-        if tuple(tensor.shape) != expected[key]:
-            raise ValueError(f"{path}: tensor {key} must be {expected[key]}, not {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != expected[key] or not tensor.is_floating_point():
+            have = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{path}: tensor {key} must be {expected[key]} of fractions, not {have}")
         weights[key] = tensor.to(device, dtype)
-    if missing := sorted(expected.keys() - weights.keys()):
+    head = weights.get("lm_head.weight")
+    if config.tied and head is not None:  # saved under either name or both; where they differ, it is not tied
+        if torch.equal(weights.setdefault("embed_tokens.weight", head), head):
+            del weights["lm_head.weight"]
+        else:
+            config = replace(config, tied=False)
+    if missing := sorted(config.shapes().keys() - weights.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{path} lacks the tensor {missing[0]}{more}")
     return Llama(config, weights), tokenizer
@@ -464,48 +490,62 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device != "cpu" or any(fast) else torch.float32
 
 
-def check_family(family: str | None, rope: str, path: Path, ropes: tuple[str, ...]) -> None:
-    if family not in FAMILIES:
-        raise ValueError(f"{path} is a {family} model; supported are {', '.join(FAMILIES)}")
-    if rope not in ropes:
-        raise ValueError(f"{path} uses rope scaling of type {rope}, which is not supported")
+def supported(path: Path, name: str, got: object, *wanted: object) -> None:
+    if got not in wanted:
+        raise ValueError(
+            f"{path} uses {name} {got}, which is not supported: only {', '.join(map(str, wanted))}"
+        )
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever a library or a malformed field raises inside becomes one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} ({kind}{error})") from error
 
 
 def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Tokenizer]:
-    """A local checkpoint: config.json, *.safetensors (one or many), tokenizer.json."""
-    from safetensors import SafetensorError, safe_open
+    """A folder: config.json, tokenizer.json, model.safetensors or the files that its index names."""
+    from safetensors import safe_open
     from tokenizers import Tokenizer as FastTokenizer
 
-    # the repositories of Mistral hold all weights a second time, under names of their own
-    files = [file for file in sorted(path.glob("*.safetensors")) if "consolidated" not in file.name]
-    for wanted in ("config.json", "tokenizer.json", "*.safetensors"):
-        if not (files if "*" in wanted else (path / wanted).is_file()):
-            raise ValueError(
-                f"{path} has no {wanted}, and a checkpoint must have all three of config.json, "
-                "tokenizer.json and *.safetensors"
-            )
-
     def read_json(name: str) -> dict:
-        try:
-            return json.loads((path / name).read_text()) if (path / name).is_file() else {}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path / name} cannot be read as JSON ({error})") from error
+        with refusing(f"{path / name} cannot be read as JSON"):
+            return dict(json.loads((path / name).read_bytes())) if (path / name).is_file() else {}
 
+    files, where = [path / "model.safetensors"], {}  # where: the file of each tensor
+    if not files[0].is_file():
+        where = read_json("model.safetensors.index.json").get("weight_map") or {}
+        with refusing(f"{path / 'model.safetensors.index.json'} cannot be used"):
+            files = [path / name for name in sorted({*where.values()})] or files
+    for wanted in (path / "config.json", path / "tokenizer.json", *files):
+        if not wanted.is_file():
+            found = ", ".join(sorted(file.name for file in path.iterdir())[:20]) or "nothing"
+            raise ValueError(
+                f"{path} has no {wanted.name}, and a checkpoint must have config.json, tokenizer.json and "
+                f"model.safetensors or all that model.safetensors.index.json names; found: {found}"
+            )
     c, extra, generation = map(read_json, ("config.json", "tokenizer_config.json", "generation_config.json"))
-    family = c.get("model_type")
-    rope = (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})  # the latter since transformers 5
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check_family(family, kind, path, ("default", "llama3"))
-    for name, wanted, got in (
-        ("hidden_act", "silu", c.get("hidden_act", "silu")),
-        ("partial_rotary_factor", 1, rope.get("partial_rotary_factor", 1)),
-    ):
-        if got != wanted:
-            raise ValueError(f"{path} uses {name} {got}, which is not supported")
-    try:
+    with refusing(f"{path / 'config.json'} cannot be used"):
+        family = c.get("model_type")
+        rope = (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})  # since transformers 5
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        supported(path, "model_type", family, *FAMILIES)
+        supported(path, "rope scaling of type", kind, "default", "linear", "llama3")
+        for name, wanted in (
+            ("hidden_act", "silu"),
+            ("partial_rotary_factor", 1),
+            ("quantization_config", None),
+            ("is_causal", True),
+        ):
+            supported(path, name, rope.get(name, c.get(name, wanted)), wanted)
         head_size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         theta = rope.get("rope_theta") or c.get("rope_theta", 10000.0)
-        window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
+        window = c.get("sliding_window", 4096) if c.get("use_sliding_window", family == "mistral") else None
+        divisor = (rope["factor"],) * (head_size // 2) if kind == "linear" else ()
         config = ModelConfig(
             family,
             width=c["hidden_size"],
@@ -518,39 +558,32 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
             norm_eps=c["rms_norm_eps"],
             context=min(c["max_position_embeddings"], window or math.inf),
             rope_theta=theta,
-            rope_divisor=llama3_divisor(rope, theta, head_size) if kind == "llama3" else (),
+            rope_divisor=llama3_divisor(rope, theta, head_size) if kind == "llama3" else divisor,
             tied=c.get("tie_word_embeddings", False),
         )
-    except KeyError as error:
-        raise ValueError(f"{path / 'config.json'} must name {error.args[0]}") from error
 
     def tensors():
         for file in files:
-            try:
-                with safe_open(file, "pt") as f:
-                    for key in f.keys():
-                        if not key.endswith("rotary_emb.inv_freq"):  # derived; old checkpoints store it
-                            yield key.removeprefix("model."), f.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read as safetensors ({error}): truncated?") from error
+            with refusing(f"{file} cannot be read as safetensors: truncated?"), safe_open(file, "pt") as f:
+                for key in f.keys():  # those of old checkpoints' inv_freq are derived
+                    if where.get(key, file.name) == file.name and not key.endswith("rotary_emb.inv_freq"):
+                        yield key.removeprefix("model."), f.get_tensor(key)
 
-    try:
-        fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({error})") from error
-    template = extra.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if (path / "chat_template.jinja").is_file():
-        template = (path / "chat_template.jinja").read_text()
-    # special tokens are stored as text or as {"content": text}
-    bos, end = (
-        t["content"] if isinstance(t, dict) else t or ""
-        for t in (extra.get("bos_token"), extra.get("eos_token"))
-    )
-    eos = generation.get("eos_token_id", c.get("eos_token_id"))  # one, several or none
-    eos = {*(eos if isinstance(eos, list) else [eos]), fast.token_to_id(end)} - {None}
-    return config, tensors(), Tokenizer(fast, eos, template, bos, end)
+    with refusing(f"{path / 'tokenizer.json'} cannot be read"):
+        fast = FastTokenizer.from_str((path / "tokenizer.json").read_text("utf-8-sig"))
+    fast.no_truncation(), fast.no_padding()  # both may have been saved
+    with refusing(f"{path} has a chat template or special tokens that cannot be used"):
+        template = extra.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        if (path / "chat_template.jinja").is_file():
+            template = (path / "chat_template.jinja").read_text("utf-8-sig")
+        special = {f"{name}_token": extra.get(f"{name}_token") for name in SPECIAL}
+        # stored as text or as {"content": text}
+        special = {k: x["content"] if isinstance(x, dict) else x for k, x in special.items() if x is not None}
+        eos = generation.get("eos_token_id", c.get("eos_token_id"))  # one, several or none
+        eos = {*(eos if isinstance(eos, list) else [eos]), fast.token_to_id(special.get("eos_token", ""))}
+    return config, tensors(), Tokenizer(fast, eos - {None}, template, special)
 
 
 def llama3_divisor(rope: dict, theta: float, head_size: int) -> tuple[float, ...]:
@@ -561,74 +594,70 @@ def llama3_divisor(rope: dict, theta: float, head_size: int) -> tuple[float, ...
     return tuple((1 / (keep + (1 - keep) / rope["factor"])).tolist())
 
 
-GGUF_NAMES = {  # GGUF's name of a tensor -> Hugging Face's
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
 def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Tokenizer]:
     """A GGUF file of any quantisation that the library `gguf` can undo."""
-    from gguf import GGUFReader
+    import gguf
     from gguf.quants import dequantize
 
-    try:
-        reader = GGUFReader(path)
+    with refusing(f"{path} cannot be read as GGUF: truncated?"):
+        reader = gguf.GGUFReader(path)
         head = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # the library raises whatever its parsing ran into
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read as GGUF ({why}): truncated?") from error
-    have, arch = {t.name: t for t in reader.tensors}, head.get("general.architecture")
-    check_family(arch, head.get(f"{arch}.rope.scaling.type", "none"), path, ("none",))
+        have, arch = {t.name: t for t in reader.tensors}, head.get("general.architecture")
+        size = {key.removeprefix(f"{arch}."): x for key, x in head.items() if key.startswith(f"{arch}.")}
+        if (parts := head.get("split.count", 1)) > 1:
+            number = f"part {head.get('split.no', 0) + 1} of {parts} of a split file"
+            raise ValueError(f"it is {number}: join them with llama-gguf-split --merge")
 
     def tensor(name: str) -> torch.Tensor:
-        try:
+        with refusing(f"{path}: tensor {name} cannot be read"):
             return torch.from_numpy(dequantize(have[name].data, have[name].tensor_type).copy())
-        except NotImplementedError as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read ({error})") from error
 
-    def tensors():
-        for name in sorted(have.keys() - {"rope_freqs.weight"}):
-            layer, stem, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+?)(\.\w+)?", name).groups("")
-            x = tensor(name)
-            if arch == "llama" and stem in ("attn_q", "attn_k"):
-                # llama files store rotary pairs side by side; ours are halves of the head, as Hugging Face's
-                x = x.unflatten(0, (-1, config.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
-            yield (f"layers.{layer}." if layer else "") + GGUF_NAMES.get(stem, stem) + suffix, x
-
-    try:
-        size = {key.removeprefix(arch + "."): value for key, value in head.items() if key.startswith(arch)}
+    with refusing(f"{path} cannot be used"):
+        scaling = size.get("rope.scaling.type", "linear")  # these defaults are llama.cpp's
+        supported(path, "the architecture", arch, *FAMILIES)
+        supported(path, "rope scaling of type", scaling, "none", "linear")
+        factor = size.get("rope.scaling.factor", size.get("rope.scale_linear")) or 1.0
         width, heads = size["embedding_length"], size["attention.head_count"]
+        head_size = size.get("attention.key_length", width // heads)
+        for name, wanted in (
+            ("rope.dimension_count", head_size),
+            ("rope.scaling.attn_factor", 1),
+            ("attention.causal", True),
+        ):
+            supported(path, name, size.get(name, wanted), wanted)
+        divisor = () if scaling == "none" or factor == 1 else (factor,) * (head_size // 2)
+        if "rope_freqs.weight" in have:
+            divisor = tuple((tensor("rope_freqs.weight") * torch.tensor(divisor or 1.0)).tolist())
         config = ModelConfig(
             arch,
             width=width,
             layers=size["block_count"],
             heads=heads,
             kv_heads=size.get("attention.head_count_kv", heads),
-            head_size=size.get("attention.key_length", width // heads),
+            head_size=head_size,
             hidden=size["feed_forward_length"],
             vocabulary=len(head["tokenizer.ggml.tokens"]),
             context=size["context_length"],
             norm_eps=size["attention.layer_norm_rms_epsilon"],
             rope_theta=size.get("rope.freq_base", 10000.0),
-            rope_divisor=tuple(tensor("rope_freqs.weight").tolist()) if "rope_freqs.weight" in have else (),
+            rope_divisor=divisor,
             tied="output.weight" not in have,
         )
-        return config, tensors(), gguf_tokenizer(head, path)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the header entry {error.args[0]}") from error
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.layers)
+        ours = {  # GGUF's name of a tensor -> Hugging Face's
+            names.get_name(key if key.startswith("lm_head") else f"model.{key}", (".weight", ".bias")): key
+            for key in replace(config, tied=False).shapes()
+        }
+
+    def tensors():
+        for name in sorted(have.keys() - {"rope_freqs.weight"}):
+            key, x = ours.get(name, name), tensor(name)
+            if arch == "llama" and ("q_proj" in key or "k_proj" in key):
+                # llama files store rotary pairs side by side; ours are halves of the head, as Hugging Face's
+                x = x.unflatten(0, (-1, config.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+            yield key, x
+
+    return config, tensors(), gguf_tokenizer(head, path)
 
 
 def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
@@ -637,61 +666,53 @@ def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
     from tokenizers import Tokenizer as FastTokenizer
 
     head = {key.removeprefix("tokenizer.ggml."): value for key, value in head.items()}
-    tokens, model, kind = head["tokens"], head["model"], head.get("pre", "default")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if model == "gpt2":
-        digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-        split = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in digits)]
-        if kind == "smollm":
-            split.insert(0, pre_tokenizers.Digits(individual_digits=True))
-        elif kind in digits:
-            words = (
-                rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits[kind]}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    with refusing(f"{path} has a tokenizer that cannot be used"):
+        tokens, model, kind = head["tokens"], head["model"], head.get("pre", "default")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        supported(path, "the tokenizer", model, "gpt2", "llama")
+        if model == "gpt2":
+            supported(path, "the pre-tokenizer", kind, "default", "gpt-2", "smollm", "llama-bpe", "qwen2")
+            digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
+            split = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in digits)]
+            if kind == "smollm":
+                split.insert(0, pre_tokenizers.Digits(individual_digits=True))
+            elif kind in digits:
+                words = (
+                    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits[kind]}"
+                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                )
+                split.insert(0, pre_tokenizers.Split(Regex(words), "isolated"))
+            merges = [tuple(merge.split(" ")) for merge in head["merges"]]
+            fast = FastTokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
+            if kind == "qwen2":
+                fast.normalizer = normalizers.NFC()
+            fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
+        else:
+            # a pair may merge when its whole is a token; the better the score of the whole, the earlier
+            pairs = (
+                (score, token[:j], token[j:])
+                for token, score in zip(tokens, head["scores"], strict=True)
+                for j in range(1, len(token))
             )
-            split.insert(0, pre_tokenizers.Split(Regex(words), "isolated"))
-        elif kind not in ("default", "gpt-2"):
-            raise ValueError(f"{path} uses the pre-tokenizer {kind}, which is not supported")
-        merges = [tuple(merge.split(" ")) for merge in head["merges"]]
-        fast = FastTokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
-        fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
-    elif model == "llama":
-        # a pair may merge when its whole is a token; the better the score of the whole, the earlier
-        pairs = (
-            (score, token[:j], token[j:])
-            for token, score in zip(tokens, head["scores"], strict=True)
-            for j in range(1, len(token))
-        )
-        merges = sorted((p for p in pairs if p[1] in vocabulary and p[2] in vocabulary), key=lambda p: -p[0])
-        fast = FastTokenizer(
-            models.BPE(
-                vocabulary, [p[1:] for p in merges], unk_token=tokens[0], fuse_unk=True, byte_fallback=True
-            )
-        )
-        space = [normalizers.Prepend("▁")] if head.get("add_space_prefix", True) else []
-        fast.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-        fast.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", len(space), 0),
-            ]
-        )
-    else:
-        raise ValueError(f"{path} uses the tokenizer {model}, which is not supported")
-    control, user = 3, 4  # GGUF's token types
-    fast.add_tokens(
-        [
-            AddedToken(token, special=type_ == control, normalized=False)
-            for token, type_ in zip(tokens, head["token_type"], strict=True)
-            if type_ in (control, user)
-        ]
-    )
-    bos, end = (tokens[head[x]] if x in head else "" for x in ("bos_token_id", "eos_token_id"))
-    eos = {head[x] for x in ("eos_token_id", "eot_token_id") if x in head}
+            pairs = sorted((p for p in pairs if {*p[1:]} <= vocabulary.keys()), key=lambda p: -p[0])
+            merges, known = [p[1:] for p in pairs], dict(unk_token=tokens[0], fuse_unk=True)
+            fast = FastTokenizer(models.BPE(vocabulary, merges, **known, byte_fallback=True))
+            space = [normalizers.Prepend("▁")] if head.get("add_space_prefix", True) else []
+            fast.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+            back = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+            fast.decoder = decoders.Sequence([*back, decoders.Strip(" ", len(space), 0)])
+        control, user = 3, 4  # GGUF's token types
+        typed = [*zip(tokens, head["token_type"], strict=True)]
+        added = [(token, type_ == control) for token, type_ in typed if type_ in (control, user)]
+        fast.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added])
+        eos = {head[name] for name in ("eos_token_id", "eot_token_id") if name in head}
+        if not all(0 <= token < len(tokens) for token in eos):
+            raise ValueError(f"its end tokens must be from 0 to {len(tokens) - 1}, not {eos}")
+        at = {f"{ours}_token": head.get(f"{theirs}_token_id", -1) for ours, theirs in SPECIAL.items()}
+        special = {name: tokens[i] for name, i in at.items() if 0 <= i < len(tokens)}
     opened = head.get("add_bos_token", model == "llama" or kind == "llama-bpe")
-    return Tokenizer(fast, eos, head.get("tokenizer.chat_template"), bos, end, bos if opened else "")
+    prefix = special.get("bos_token", "") if opened else ""
+    return Tokenizer(fast, eos, head.get("tokenizer.chat_template"), special, prefix)
 
 
 @dataclass
@@ -701,8 +722,7 @@ class Tokenizer:
     fast: object  # tokenizers.Tokenizer
     eos: set[int]
     template: str | None
-    bos_text: str
-    eos_text: str
+    special: dict[str, str]  # what chat templates call bos_token, eos_token, ...
     prefix: str = ""  # put before raw text where the tokenizer does not do so itself
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
@@ -723,8 +743,7 @@ class Tokenizer:
             text = environment.from_string(self.template).render(
                 messages=[{"role": "user", "content": text}],
                 add_generation_prompt=True,
-                bos_token=self.bos_text,
-                eos_token=self.eos_text,
+                **self.special,
             )
         except TemplateError as error:
             raise ValueError(f"the model's chat template failed ({error}): use the raw text") from error

@@ -203,8 +203,18 @@ def rewrite(path, change):
     safetensors.torch.save_file(tensors, path)
 
 
-def configure(path, **fields):
-    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | fields))
+def configure(path, without="", **fields):
+    config = json.loads((path / "config.json").read_text()) | fields
+    config.pop(without, None)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def index(path, *files):
+    """Say that the weights are in these parts, the first of which is there."""
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    names = [f"{file}.safetensors" if isinstance(file, str) else file for file in files]
+    tensors = {f"model.{i}.weight": name for i, name in enumerate(names)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": tensors}))
 
 
 def cut(path, size):
@@ -220,7 +230,27 @@ REFUSED = {
     "cannot be read as JSON": lambda f: cut(f / "config.json", 100),
     "tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
     "tokenizer.json cannot": lambda f: cut(f / "tokenizer.json", 100),
-    r"no \*.safetensors": lambda f: (f / "model.safetensors").unlink(),
+    "no model.safetensors.*found: config.json, generation_config.json, old.safetensors, tokenizer.json": (
+        lambda f: (f / "model.safetensors").rename(f / "old.safetensors")
+    ),
+    "no model-00002-of-00002.safetensors": lambda f: index(f, "model-00001-of-00002", "model-00002-of-00002"),
+    "index.json cannot be": lambda f: index(f, "model-00001-of-00002", 7),
+    "quantization_config": lambda f: configure(f, quantization_config={"quant_method": "gptq"}),
+    "partial_rotary_factor 0.5": lambda f: configure(f, partial_rotary_factor=0.5),
+    "as JSON": lambda f: (f / "config.json").write_text("[1, 2]"),
+    "cannot be used .KeyError: 'rms_norm_eps": lambda f: configure(f, without="rms_norm_eps"),
+    "heads must be a whole number": lambda f: configure(f, num_attention_heads=4.0, head_dim=16),
+    "layers must be": lambda f: configure(f, num_hidden_layers=10**9),
+    "kv_heads must be a divisor of 4 heads": lambda f: configure(f, num_key_value_heads=3),
+    "head_size must be even": lambda f: configure(f, head_dim=15),
+    "norm_eps must be": lambda f: configure(f, rms_norm_eps=float("nan")),
+    "rope_theta must be": lambda f: configure(f, rope_parameters=None, rope_theta=-1.0),
+    "rope_divisor must be": lambda f: configure(f, rope_parameters=LLAMA3 | dict(factor=-8.0)),
+    "TypeError": lambda f: configure(f, rope_parameters="linear"),
+    "of fractions, not .*int8": lambda f: rewrite(
+        f / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
+    ),
+    "special tokens": lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": [5]}'),
     "truncated": lambda f: cut(f / "model.safetensors", 50_000),
     "lacks the tensor layers.1.mlp.up_proj.weight$": lambda f: rewrite(
         f / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
@@ -237,6 +267,81 @@ def test_a_checkpoint_that_cannot_run_is_refused_by_name(tmp_path, folder, words
     REFUSED[words](tmp_path / "bad")
     with pytest.raises(ValueError, match=words):
         load(str(tmp_path / "bad"))
+
+
+def same_weights(folder, *others):
+    first, *rest = (load(str(path), torch.float32)[0].weights for path in (folder, *others))
+    return all(w.keys() == first.keys() and all(torch.equal(w[key], first[key]) for key in w) for w in rest)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama in parts"])
+def test_files_that_are_not_the_checkpoint_s_own_are_not_read(tmp_path, name):
+    save_checkpoint(tmp_path / "own", name)
+    shutil.copytree(tmp_path / "own", tmp_path / "more")
+    own = sorted((tmp_path / "own").glob("*.safetensors"))
+    wrong = {"model.norm.weight": torch.zeros(64), "model.embed_tokens.weight": torch.zeros(259, 64)}
+    for stray in ("a", "adapter_model", "consolidated", "model-00009-of-00009", "optimizer", "z"):
+        safetensors.torch.save_file(wrong, tmp_path / "more" / f"{stray}.safetensors")
+    if "parts" in name:  # and a tensor of which another part is the home
+        where = json.loads((tmp_path / "own/model.safetensors.index.json").read_text())["weight_map"]
+        for file in own:
+            key = next(key for key in where if where[key] != file.name)
+            rewrite(tmp_path / "more" / file.name, lambda t, k=key: t.update({k: torch.zeros(9)}))
+    else:
+        (tmp_path / "more/model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    assert same_weights(tmp_path / "own", tmp_path / "more")
+
+
+def test_a_tied_matrix_may_be_saved_under_either_name_and_two_that_differ_are_two(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_checkpoint(tmp_path / "tied", "llama, tied")
+    changes = {
+        "head": lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        "both": lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+        "differ": lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].flip(0)}),
+    }
+    for name, change in changes.items():
+        shutil.copytree(tmp_path / "tied", tmp_path / name)
+        rewrite(tmp_path / name / "model.safetensors", change)
+    assert same_weights(*(tmp_path / name for name in ("tied", "head", "both")))
+    for name in changes:
+        model = load(str(tmp_path / name), torch.float32)[0]
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            close(model.logits(read(model, some_tokens(9), COVERS)[1]), theirs(some_tokens(9)).logits)
+
+
+def test_linear_scaling_is_the_library_s(tmp_path):
+    linear = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+    theirs = save_checkpoint(tmp_path, rope_parameters=linear)
+    model = load(str(tmp_path), torch.float32)[0]
+    with torch.no_grad():
+        close(model.logits(read(model, some_tokens(99), COVERS)[1]), theirs(some_tokens(99)).logits)
+
+
+def test_truncation_and_padding_that_a_tokenizer_was_saved_with_are_not_applied(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "saved")
+    fast = text_tokenizer()[0]
+    fast.enable_truncation(5), fast.enable_padding(length=40, pad_token="<end>", pad_id=258)
+    fast.save(str(tmp_path / "saved/tokenizer.json"))
+    text = "the quick brown fox"
+    assert load(str(tmp_path / "saved"))[1].encode(text) == load(str(folder))[1].encode(text)
+
+
+def test_a_token_beyond_the_embedding_is_refused_before_it_is_looked_up(tiny, run, tmp_path, folder):
+    for token in (259, -1, 2**40):
+        context = Context(tiny, 99, SMALL)
+        for call in (context.prefill, context.decode):
+            with pytest.raises(ValueError, match=f"tokens from 0 to 258, and its tokenizer made {token}"):
+                call(torch.tensor([[token]]))
+        assert context.prefill(some_tokens(9)).isfinite().all()
+    shutil.copytree(folder, tmp_path / "more")
+    fast = text_tokenizer()[0]
+    fast.add_tokens(["<new>"])
+    fast.save(str(tmp_path / "more/tokenizer.json"))
+    status, out, err = run("--prompt", "a <new> b", "--model", tmp_path / "more")
+    assert (status, out) == (2, "") and "its tokenizer made 259" in err.splitlines()[-1]
 
 
 def test_a_truncated_gguf_file_is_refused_by_name(tmp_path):
