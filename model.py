@@ -16,9 +16,9 @@ import json
 import math
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -182,7 +182,10 @@ class Context:
         if method == "streaming":
             cfg = replace(cfg, dense_layers=0)
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
-        self.cfg, self.decoding = cfg, cfg.decoding
+        most = max(
+            2**16, 1 << (capacity - 1).bit_length()
+        )  # to choose more than all is no more, but takes memory
+        self.cfg, self.decoding = (at_most(x, most) for x in (cfg, cfg.decoding))
         self.capacity, self.length = capacity, 0  # tokens, and those that were read
         self.whole = True  # no call was cut short
         shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
@@ -193,12 +196,12 @@ class Context:
             else:
                 how = c.heads, self.decoding, model.dtype, model.device
                 self.cache = kernels.OffloadedKVCache(shape, *how, **offload)
-        except RuntimeError as error:
+        except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes beyond 64 bits
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
         self.clipped = None  # with rope_clip, the rotary table
-        if cfg.rope_clip is not None:
-            self.clipped = model.rope(0, cfg.rope_clip + max(cfg.block_q, cfg.dense_tail))
+        if (clip := self.cfg.rope_clip) is not None:
+            self.clipped = model.rope(0, clip + max(cfg.block_q, self.cfg.dense_tail))
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
         # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
@@ -361,6 +364,13 @@ class Context:
             self.scores += (c.layers - layer) * hip.count_scores(T, Tk, *how)
 
 
+def at_most(cfg: HiPConfig, most: int) -> HiPConfig:
+    """The config with no length above `most` tokens, or one block."""
+    clip = cfg.rope_clip and min(cfg.rope_clip, most)
+    top_k, tail = min(cfg.top_k, max(most, cfg.block_k)), min(cfg.dense_tail, most)
+    return replace(cfg, top_k=top_k, dense_tail=tail, rope_clip=clip)
+
+
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     """start to stop in pieces of `size`, the last one shorter."""
     return [(i, min(stop, i + size)) for i in range(start, stop, size)]
@@ -399,8 +409,13 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
         logits = context.model.logits(hidden[0, -1]).cpu()  # (vocabulary,)
-        if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the model's scores of the next token are NaN or infinite: use another dtype or model"
+            )
+        if temperature > 0:  # the best becomes 0, which no temperature makes infinite
+            likely = ((logits - logits.max()).double() / temperature).softmax(-1).float()
+            token = int(torch.multinomial(likely, 1, generator=generator))
         else:
             token = int(logits.argmax())
         if token in eos:
@@ -729,37 +744,83 @@ class Tokenizer:
         """Token ids of a raw text, or of one user message in the model's chat template."""
         if not chat:
             return self.fast.encode(self.prefix + text).ids
-        from jinja2 import TemplateError
+        with refusing("the model's chat template failed: use the raw text"):
+            return self.fast.encode(self.render(text), add_special_tokens=False).ids
+
+    def render(self, text: str) -> str:
+        """One user message in the chat template, by the rules of `apply_chat_template` of transformers."""
+        from jinja2 import TemplateError, nodes
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):  # marks answers, for training: its body alone
+            tags = {"generation"}
+
+            def parse(self, parser):
+                line = next(parser.stream).lineno
+                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+                return nodes.CallBlock(self.call_method("same"), [], [], body).set_lineno(line)
+
+            def same(self, caller):
+                return caller()
 
         def refuse(message: str):
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        try:
-            text = environment.from_string(self.template).render(
-                messages=[{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                **self.special,
-            )
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template failed ({error}): use the raw text") from error
-        return self.fast.encode(text, add_special_tokens=False).ids
+        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            form = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+            return json.dumps(x, ensure_ascii=ensure_ascii, **form)
 
-    def stream(self) -> Callable[[int | None], str]:
-        """A function from the next token to the text that it completes; None flushes what is left."""
-        seen, done = [], 0
+        rules = dict(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        environment = ImmutableSandboxedEnvironment(**rules)
+        environment.filters["tojson"] = tojson
+        environment.globals |= {
+            "raise_exception": refuse,
+            "strftime_now": lambda x: datetime.now().strftime(x),
+        }
+        values = dict(tools=None, documents=None, add_generation_prompt=True) | self.special
+        messages = [{"role": "user", "content": text}]
+        return environment.from_string(self.template).render(messages=messages, **values)
+
+    def stream(self, prompt: Sequence[int] = ()) -> Callable[[int | None], str]:
+        """A function from an answer's next token to the text that is then sure; None flushes what is left.
+
+        decode(prompt) + all that it returns is decode(prompt + answer).  Some tokens before are decoded again
+        with each, for a text may lose its first space, and bytes of several tokens be one character.
+        """
+        decode, silent = (
+            self.fast.decode,
+            {i for i, x in self.fast.get_added_tokens_decoder().items() if x.special},
+        )
+        ids = [token for token in prompt if token not in silent][-64:]
+        done, waiting, broken = len(decode(ids)), 0, 0  # characters; tokens; tokens since the last good end
+        spoiler = self.fast.token_to_id(
+            "<0xFF>"
+        )  # of sentencepiece: makes all bytes before it one U+FFFD each
 
         def step(token: int | None) -> str:
-            nonlocal done
-            seen.extend([] if token is None else [token])
-            text = self.fast.decode(seen)
-            if token is not None and text.endswith("\ufffd"):  # a character of which bytes are still to come
+            nonlocal ids, done, waiting, broken
+            name = "" if token is None else self.fast.id_to_token(token)
+            if token in silent or name is None:
                 return ""
-            new, done = text[done:], len(text)
+            if token is not None:
+                ids, waiting = [*ids, token], waiting + 1
+            sure = text = decode(ids)
+            broken = broken + 1 if text.endswith("\ufffd") and name.startswith("<0x") else 0
+            if token is not None and spoiler is None:
+                sure = text.removesuffix("\ufffd")  # perhaps a character of which bytes are still to come
+            elif token is not None and broken < 4 and (broken or waiting < 12):  # four bytes broken stay so
+                sure = os.path.commonprefix([text, decode([*ids, spoiler])]).rstrip("\ufffd")
+            new, rest, done = text[done : len(sure)], len(text) - len(sure), max(done, len(sure))
+            if rest == 0 and broken == 0:
+                ids, waiting = ids[-waiting:], 0
+            elif rest == 0 and broken > 4:
+                ids = ids[:-1]  # those before go on spoiling
+            elif len(ids) > 128:
+                ids = ids[-64:]
+            else:
+                return new
+            done = len(decode(ids)) - rest
             return new
 
         return step

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -62,6 +66,13 @@ def text_tokenizer():
     fast.decoder = tokenizers.decoders.ByteLevel()
     fast.add_special_tokens(["<end>"])
     return fast, tokens, merges
+
+
+def bytes_to_unicode():
+    """How byte-level vocabularies write each byte: itself where it can be printed, else from 256 on."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = iter(range(256, 512))
+    return {b: chr(b if b in plain else next(rest)) for b in range(256)}
 
 
 def save_checkpoint(folder, name="llama", **fields):
@@ -135,8 +146,11 @@ def test_every_family_equals_transformers_in_logits_and_greedy_tokens(tmp_path, 
         assert list(llama.generate(context, hidden, 20, eos=set())) == whole[0, T:].tolist()
 
 
-def save_gguf(path, theirs):
-    """The model as llama.cpp stores it: names of the library gguf, llama's rotary rows side by side."""
+def save_gguf(path, theirs, more=(), without=()):
+    """The model as llama.cpp stores it: names of the library gguf, llama's rotary rows side by side.
+
+    more: header entries, which replace the usual ones.  without: tensors that are left out.
+    """
     import gguf  # only what reads models needs it
 
     c, (_, tokens, merges) = theirs.config, text_tokenizer()
@@ -156,7 +170,12 @@ def save_gguf(path, theirs):
     writer.add_token_types([1] * 258 + [3])
     writer.add_eos_token_id(258)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.model_type.upper()], c.num_hidden_layers)
+    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+    for key, value in dict(more).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
     for key, x in theirs.state_dict().items():
+        if key in without:
+            continue
         if c.model_type == "llama" and ("q_proj" in key or "k_proj" in key):
             x = x.unflatten(0, (-1, 2, 8)).transpose(1, 2).flatten(0, 2)
         writer.add_tensor(names.get_name(key, (".weight", ".bias")), x.contiguous().numpy())
@@ -181,9 +200,80 @@ def test_a_gguf_file_is_the_same_model_and_tokenizer_as_the_folder(tmp_path, nam
     assert "".join([*map(step, same.encode(text)), step(None)]) == text.replace("<end>", "")
 
 
-def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_rest_in_bytes():
+@pytest.mark.parametrize("kind", ["linear", "", "old", "none"])
+def test_a_gguf_file_s_linear_scaling_is_llama_cpp_s(tmp_path, kind):
+    scaling = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+    theirs = (
+        save_checkpoint(tmp_path, rope_parameters=scaling) if kind != "none" else save_checkpoint(tmp_path)
+    )
+    more = {"llama.rope.scale_linear" if kind == "old" else "llama.rope.scaling.factor": 4.0}
+    more |= {"llama.rope.scaling.type": kind} if kind in ("linear", "none") else {}
+    save_gguf(tmp_path / "tiny.gguf", theirs, more)
+    a, b = (load(str(path), torch.float32)[0] for path in (tmp_path, tmp_path / "tiny.gguf"))
+    assert torch.equal(a.frequencies, b.frequencies)
+
+
+def test_linear_scaling_joins_llama_3_s_factors(tmp_path):
+    save_gguf(tmp_path / "a.gguf", theirs := save_checkpoint(tmp_path, "llama 3"))
+    save_gguf(tmp_path / "b.gguf", theirs, {"llama.rope.scaling.factor": 2.0})
+    a, b = (load(str(tmp_path / f"{x}.gguf"), torch.float32)[0] for x in "ab")
+    assert torch.equal(a.frequencies, b.frequencies * 2)
+
+
+def test_a_gguf_file_without_an_output_matrix_is_tied(tmp_path):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), without=["lm_head.weight"])
+    model = load(str(tmp_path / "tiny.gguf"), torch.float32)[0]
+    assert model.config.tied and "lm_head.weight" not in model.weights
+
+
+GGUF_REFUSED = {
+    "rope scaling of type yarn": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+    "rope scaling of type longrope": {"llama.rope.scaling.type": "longrope"},
+    "rope.scaling.attn_factor 1.5": {"llama.rope.scaling.attn_factor": 1.5},
+    "rope.dimension_count 8": {"llama.rope.dimension_count": 8},
+    "rope_divisor must be": {"llama.rope.scaling.factor": -2.0},
+    "attention.causal False": {"llama.attention.causal": False},
+    "it is part 2 of 3 of a split file": {"split.count": 3, "split.no": 1},
+    "architecture mamba": {"general.architecture": "mamba"},
+    "kv_heads must be a whole number": {"llama.attention.head_count_kv": [2, 2, 1]},
+    "pre-tokenizer deepseek": {"tokenizer.ggml.pre": "deepseek"},
+    "the tokenizer bert": {"tokenizer.ggml.model": "bert"},
+    "tokenizer that cannot be used .*qq": {"tokenizer.ggml.merges": ["t h", "q qq"]},
+    "tokenizer that cannot be used": {"tokenizer.ggml.merges": ["t h e"]},
+    "tokenizer that cannot be used .*shorter": {"tokenizer.ggml.token_type": [1, 3]},
+    "end tokens must be from 0 to 258, not .259": {"tokenizer.ggml.eos_token_id": 259},
+    "end tokens must be from 0 to 258, not .*1000": {"tokenizer.ggml.eot_token_id": 1000},
+}
+
+
+@pytest.mark.parametrize("words", GGUF_REFUSED)
+def test_a_gguf_file_that_cannot_run_is_refused_by_name(tmp_path, words):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), GGUF_REFUSED[words])
+    with pytest.raises(ValueError, match=f"tiny.gguf .*{words}"):
+        load(str(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe"])
+def test_of_gguf_tokenizers_qwen2_s_composes_unicode(tmp_path, kind):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), {"tokenizer.ggml.pre": kind})
+    words = load(str(tmp_path / "tiny.gguf"))[1]
+    for text in ("the cafe\u0301", "\u1112\u1161\u11ab\u1100\u1173\u11af", "A\u030a <end>"):
+        composed = unicodedata.normalize("NFC", text)
+        assert (words.encode(text) == words.encode(composed)) == (kind == "qwen2") and text != composed
+
+
+def test_a_special_token_beyond_a_gguf_vocabulary_is_none(tmp_path):
+    more = {f"tokenizer.ggml.{x}_token_id": 2**32 - 1 for x in ("bos", "padding")}
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), more)
+    assert load(str(tmp_path / "tiny.gguf"))[1].special == {"eos_token": "<end>"}
+
+
+def sentencepiece(more=(), **entries):
+    """A sentencepiece vocabulary as a GGUF header has it: (tokens, tokenizer)."""
     pieces = {"▁": -10, "t": -11, "h": -12, "e": -13, "th": -2, "he": -1, "▁t": -3}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    pieces |= {piece: -20 - i for i, piece in enumerate(more)}
+    tokens += more
     head = dict(
         tokens=tokens,
         scores=[0.0] * 259 + [*pieces.values()],
@@ -192,9 +282,81 @@ def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_r
         token_type=[2, 3, 3] + [6] * 256 + [1] * len(pieces),
         model="llama",
     )
-    words = llama.gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in head.items()}, Path())
+    head = {f"tokenizer.ggml.{key}": value for key, value in (head | entries).items()}
+    return tokens, llama.gguf_tokenizer(head, Path())
+
+
+def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_rest_in_bytes():
+    tokens, words = sentencepiece()
     assert [tokens[i] for i in words.encode("the é")] == ["<s>", "▁t", "he", "▁", "<0xC3>", "<0xA9>"]
     assert words.fast.decode(words.encode("the é")) == "the é" and words.eos == {2}
+
+
+def vocabulary(kind):
+    """A tokenizer of each kind that models have, by the way in which it decodes."""
+    if kind == "byte-level":
+        return llama.Tokenizer(text_tokenizer()[0], set(), None, {})
+    words = sentencepiece(["é", "▁▁", "東", "\ufffd"], add_space_prefix="no prefix" not in kind)[1]
+    if kind == "metaspace":  # what transformers writes for some models
+        words.fast.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+        )
+    return words
+
+
+KINDS = ("byte-level", "sentencepiece", "sentencepiece, no prefix", "metaspace")
+ODD = "the thé 東京 🎉👩‍👩‍👧 ha\ufffdhe\u0301  the\n\n 한국어 the"
+
+
+def streamed(words, prompt, answer):
+    step = words.stream(prompt)
+    return [*map(step, answer), step(None)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(KINDS))
+def test_what_is_streamed_is_what_decoding_the_answer_adds(data, kind):
+    words = vocabulary(kind)
+    token = st.integers(0, words.fast.get_vocab_size() + 1)  # one that the vocabulary lacks among them
+    texts = st.text(st.sampled_from(ODD), max_size=9).map(words.encode)
+    parts = st.lists(
+        texts | st.lists(token, max_size=2) | st.lists(st.integers(3, 258), max_size=3), max_size=6
+    )
+    prompt = data.draw(texts)
+    answer = sum(data.draw(parts), [])
+    read, whole = words.fast.decode(prompt), words.fast.decode(prompt + answer)
+    assume(whole.startswith(read))  # else its last bytes and the answer's first were one run
+    runs = [len([*run]) for byte, run in itertools.groupby(answer, lambda i: 3 <= i < 259) if byte]
+    assume("\ufffd" not in whole or kind == "byte-level" or max(runs, default=0) < 12)  # shown, then spoilt
+    assert read + "".join(streamed(words, prompt, answer)) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_streamed_soon_and_each_token_costs_the_same(kind):
+    words, text = vocabulary(kind), ODD * 100
+    answer = words.encode(text)
+    calls, decode, step = [], words.fast.decode, words.stream([])
+    monitored = SimpleNamespace(decode=lambda ids: calls.append(len(ids)) or decode(ids))
+    for name in ("token_to_id", "id_to_token", "get_added_tokens_decoder"):
+        setattr(monitored, name, getattr(words.fast, name))
+    words.fast, lag, shown = monitored, [], ""
+    step = words.stream([])
+    for i, token in enumerate(answer):
+        shown += step(token)
+        lag.append(len(decode(answer[: i + 1]).rstrip("\ufffd")) - len(shown) if i < 300 else 0)
+    assert shown + step(None) == decode(answer) and max(lag) <= 12
+    assert len(calls) <= 3 * len(answer) + 9 and max(calls) <= 140
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("byte", [0xFF, 0x80, 0xE6, 0xF0])
+def test_bytes_that_never_become_a_character_are_shown_after_a_few_tokens(kind, byte):
+    words = vocabulary(kind)
+    name = bytes_to_unicode()[byte] if kind == "byte-level" else f"<0x{byte:02X}>"
+    token, prompt = words.fast.token_to_id(name), words.encode("the")
+    pieces = streamed(words, prompt, [token] * 500)
+    assert "".join(pieces[:5]) and all(pieces[5:-1])
+    assert words.fast.decode(prompt) + "".join(pieces) == words.fast.decode(prompt + [token] * 500)
 
 
 def rewrite(path, change):
@@ -551,6 +713,14 @@ def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
     assert 0 < context.cache.resident_tokens() <= context.cache.bound
 
 
+def test_a_system_without_posix_fallocate_offloads_to_disk_all_the_same(tiny, monkeypatch):
+    results = []
+    for name in ("fsync", "posix_fallocate"):  # the former is not asked for
+        monkeypatch.delattr(os, name)
+        results.append(read(tiny, some_tokens(200), SMALL, offload=dict(store="disk"))[1])
+    assert torch.equal(*results)
+
+
 def test_an_offloaded_prompt_is_written_once_and_read_by_a_further_one_alone(tiny):
     context = Context(tiny, 500, SMALL, offload=dict(store="host"))
     token = 2 * tiny.config.layers * tiny.config.kv_heads * tiny.config.head_size * 4  # bytes
@@ -620,6 +790,43 @@ def test_sampling_is_repeatable_and_ends_at_an_end_token(tiny):
     assert answer(eos={tokens[7]}) == tokens[: tokens.index(tokens[7])]
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-38, 1e-10])
+def test_a_temperature_near_zero_takes_the_likeliest_token(tiny, temperature):
+    def answer(temperature):
+        return list(llama.generate(*read(tiny, some_tokens(50), SMALL), 20, set(), temperature))
+
+    assert answer(temperature) == answer(0.0)
+
+
+def test_a_temperature_without_bound_takes_any_token(tiny):
+    for temperature in (1e30, 1e308):
+        tokens = list(llama.generate(*read(tiny, some_tokens(50), SMALL), 30, set(), temperature))
+        assert len({*tokens}) > 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [[], ["--temperature", 1]])
+def test_scores_that_are_no_numbers_are_refused_and_nothing_is_printed(run, tmp_path, folder, value, options):
+    shutil.copytree(folder, tmp_path / "bad")
+    rewrite(tmp_path / "bad/model.safetensors", lambda t: t["lm_head.weight"][7].fill_(value))
+    status, out, err = run("--prompt", "the", "--model", tmp_path / "bad", *options)
+    assert (status, out) == (2, "") and "scores of the next token are NaN or infinite" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", [dict(top_k=2**40), dict(decode_factor=2**30), dict(dense_tail=2**40)])
+@pytest.mark.parametrize("clip", [None, 2**40])
+def test_to_choose_more_than_all_is_to_choose_all(tiny, change, clip):
+    def run(**change):
+        context, hidden = read(
+            tiny, some_tokens(150), HiPConfig(**vars(SMALL) | dict(rope_clip=clip) | change)
+        )
+        return torch.cat([hidden, *decode(context, 9)], 1)
+
+    enough = {name: 512 if name != "decode_factor" else 16 for name in change}
+    close(run(**change), run(**enough))
+    assert clip is None or torch.equal(run(**change), run(**change | dict(rope_clip=2**20)))
+
+
 # --- the command line --------------------------------------------------------------------------------------
 
 
@@ -650,6 +857,14 @@ BAD = {
     "--prefill-chunk must be a multiple of 64, not 100": ["--prompt", "a", "--prefill-chunk", 100],
     "--max-new-tokens must be at least 1": ["--prompt", "a", "--max-new-tokens", 0],
     "--temperature must be": ["--prompt", "a", "--temperature", "nan"],
+    "--top-k must be at most 2147483647": ["--prompt", "a", "--top-k", 2**70],
+    "--sink must be at most 2147483647": ["--prompt", "a", "--sink", 2**31],
+    "--window must be at most 2147483647": ["--prompt", "a", "--window", 10**30],
+    "--rope-clip must be at most 2147483647": ["--prompt", "a", "--rope-clip", 2**62],
+    "--block-k must be at most 65536": ["--prompt", "a", "--block-k", 2**30, "--top-k", 2**30],
+    "--block-q must be at most 65536": ["--prompt", "a", "--block-q", 2**30, "--prefill-chunk", 2**30],
+    "--make-passkey must be at most": ["--make-passkey", 2**64],
+    "needs 453347182355485.9 GB": ["--prompt", "abcdefgh" * 20, "--max-new-tokens", 2**70],
     "--seed must be": ["--prompt", "a", "--seed", -1],
     "--passkey-depth": ["--make-passkey", 9, "--passkey-depth", 2],
     "--make-passkey needs at least": ["--make-passkey", 9],
@@ -700,6 +915,76 @@ def test_a_prompt_file_that_is_no_text_is_refused(run, tmp_path):
     (tmp_path / "prompt").write_bytes(b"good \xff bad")
     status, out, err = run("--prompt-file", tmp_path / "prompt")
     assert (status, out, err.count("\n")) == (2, "", 1) and "prompt must be UTF-8 text" in err
+
+
+def test_lengths_beyond_the_text_take_no_memory(run):
+    _, answer, _ = run("--prompt", "the cat", "--max-new-tokens", 5)
+    for name in ("top-k", "decode-factor", "dense-tail", "window", "sink", "rope-clip", "prefill-chunk"):
+        assert run("--prompt", "the cat", "--max-new-tokens", 5, f"--{name}", 2**30)[:2] == (0, answer)
+
+
+def test_memory_that_the_allocator_refuses_is_one_line(run, monkeypatch):
+    def refuse(*_):
+        torch.empty(2**60)
+
+    for error in ("prefill", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, error, refuse)
+            status, out, err = run("--prompt", "the")
+            assert status == 2 and "generate.py: [enforce fail" in err and "memory" in err.splitlines()[-1]
+
+
+def test_a_byte_order_mark_is_no_token(run, tmp_path, folder, monkeypatch):
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfthe cat")
+    _, text, plain = run("--prompt", "the cat", "--max-new-tokens", 3)
+    status, same, err = run("--prompt-file", tmp_path / "marked", "--max-new-tokens", 3)
+    assert (status, same) == (0, text) and err.split(" tokens")[0] == plain.split(" tokens")[0]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=(tmp_path / "marked").open("rb")))
+    assert run("--prompt-file", "-", "--max-new-tokens", 3)[:2] == (0, text)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf")
+    assert "must not be empty" in run("--prompt-file", tmp_path / "marked")[2]
+    shutil.copytree(folder, tmp_path / "model")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    (tmp_path / "model/chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0]['content'] }}")
+    assert load(str(tmp_path / "model"))[1].encode("the cat", chat=True) == load(str(folder))[1].encode(
+        "the cat"
+    )
+
+
+SHELL = {  # a command line of bash in which G is generate.py with the tiny model: status, last line of stderr
+    "G --prompt-file - <&-": (2, "standard input is closed"),
+    "G --prompt a --max-new-tokens 3 >&-": (0, "new ones"),
+    "G --prompt a --max-new-tokens 3 >&- 2>&-": (0, ""),
+    "G --prompt a --max-new-tokens 3 2>&-": (0, ""),
+    "G --prompt '' 2>&-": (2, ""),
+    "G --prompt a >/dev/full": (2, "No space left"),
+    "G --help": (0, ""),
+    "G --make-passkey 300 | true; exit ${PIPESTATUS[0]}": (0, None),
+    "G --prompt a --offload disk --offload-dir /proc": (2, "cannot be had in /proc"),
+    "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 G --prompt-file $FOLDER/p --chat --max-new-tokens 1": (
+        0,
+        "new",
+    ),
+    "PYTHONIOENCODING=ascii G --model $FOLDER/東 --prompt a --max-new-tokens 9 --temperature 9": (
+        0,
+        "new ones",
+    ),
+}
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_what_a_shell_may_do_to_the_command_ends_with_the_promised_status(tmp_path, folder, line):
+    shutil.copytree(folder, tmp_path / "東")
+    for name, text in (("p", "東京 🎉 ha"), ("東/chat_template.jinja", "東{{ messages[0]['content'] }}")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    code = f'G() {{ "{sys.executable}" "{command.__file__}" --model "{tmp_path / "東"}" "$@"; }}\n{line}'
+    shell = dict(os.environ, FOLDER=str(tmp_path), OMP_NUM_THREADS="1")
+    done = subprocess.run(["bash", "-c", code], capture_output=True, env=shell, timeout=100)
+    status, words = SHELL[line]
+    err = done.stderr.decode().split("\r")[-1].strip().splitlines()
+    assert done.returncode == status and "Traceback" not in done.stderr.decode()
+    assert words is None or ("".join(err[-1:]) == "" if words == "" else words in err[-1])
 
 
 def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(run, monkeypatch):
