@@ -537,6 +537,94 @@ def test_a_device_that_is_not_there_is_refused():
         load(device="xpu:77")
 
 
+# chat templates
+
+TEMPLATES = {
+    "plain": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "nothing but the message": "{% if tools is not none or documents is not none %}{{ 1 / 0 }}{% endif %}"
+    "{% if tools is defined and documents is defined %}defined {% endif %}{{ messages[-1].content }}",
+    "special tokens": "{{ pad_token }}|{{ eos_token }}|{{ unk_token }}|"
+    "{% if sep_token is defined %}sep{% endif %}{{ mask_token is defined }}{{ cls_token }}",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b<&': 'é', 'a': [1]} | tojson }}"
+    "{{ {'b<&': 'é', 'a': [1]} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}"
+    "{{ 'é' | tojson(true) }}",
+    "generation": "{% set x = 1 %}{%- for m in messages -%}{% generation %}{{ m.content }}{% set x = 2 %}\n"
+    "  {% endgeneration %}{{ x }} {%+ generation -%}  a {%- endgeneration +%} b{% endfor %}",
+    "time": "{{ strftime_now('%Y') }}{{ strftime_now('%d %b %%') }}{{ strftime_now('%f') | length }}",
+    "loops": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+    "{% if i > 5 %}{% break %}{% endif %}{{ i }}{{ loop.last }}{% endfor %}",
+    "blocks": "  {% if true %}\n  a\n    {% endif %}\n{# no #}\n  b {{- 'c' -}}  d\n\n",
+    "functions": "{% macro say(x) %}<{{ x }}>{% endmacro %}{{ say('a') }}{% set n = namespace(i=1) %}"
+    "{% set n.i = 3 %}{{ n.i }}{{ dict(a=1).a }}{{ 'a-b'.split('-')[1] }}{{ messages[0]['content'][:3] | upper }}{{ none }}",
+    "undefined": "{{ thinking }}{% if thinking is defined %}a{% endif %}{{ messages[0].tool_calls }}",
+}
+FAILING = {
+    "no systems .*today": "{{ raise_exception('no systems \n today') }}",
+    "UndefinedError": "{{ messages[0].a.b }}",
+    "ZeroDivisionError": "{{ 1 / 0 }}",
+    "TypeError": "{{ messages + 1 }}",
+    "TemplateSyntaxError": "{% if %}",
+    "SecurityError": "{{ ''.__class__.__mro__ }}",
+    "RecursionError": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "OverflowError": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "unknown tag": "{% nonsense %}",
+    "TextInputSequence": "{{ '\\ud800' }}",
+}
+
+
+def save_template(folder, template):
+    """The tiny tokenizer as transformers saves it with special tokens and a template: its own object."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = dict(bos_token="<end>", eos_token="<end>", pad_token="the", unk_token="a", mask_token="b")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=text_tokenizer()[0], **names, chat_template=template)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template_is_rendered_as_by_transformers(tmp_path, folder, name):
+    shutil.copytree(folder, tmp_path / "chat")
+    theirs = save_template(tmp_path / "chat", TEMPLATES[name])
+    words = load(str(tmp_path / "chat"))[1]
+    text = '  the <b>é</b> 東 "quoted"\n{{ 1 }}  '
+    chat = [{"role": "user", "content": text}]
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert words.render(text) == expected
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert words.encode(text, chat=True) == ids
+
+
+@pytest.mark.parametrize("words", FAILING)
+def test_an_error_inside_a_chat_template_is_one_sentence(run, tmp_path, folder, words):
+    shutil.copytree(folder, tmp_path / "chat")
+    (tmp_path / "chat/chat_template.jinja").write_text(FAILING[words], encoding="utf-8")
+    status, out, err = run("--prompt", "a", "--model", tmp_path / "chat")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("generate.py: the model's chat template failed: use the raw text (")
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        load(str(tmp_path / "chat"))[1].encode("a", chat=True)
+
+
+def test_a_gguf_file_s_special_tokens_and_template_reach_its_chat(tmp_path):
+    ids = dict(bos=7, eos=258, padding=65, unknown=66, seperator=67, mask=68)
+    more = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    template = (
+        "{{ [bos_token, eos_token, pad_token, unk_token, sep_token, mask_token, cls_token is defined] }}"
+    )
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), more | {"tokenizer.chat_template": template})
+    words, tokens = load(str(tmp_path / "tiny.gguf"))[1], text_tokenizer()[1]
+    assert words.render("") == str([*(tokens[i] for i in ids.values()), False])
+
+
+def test_of_several_templates_the_one_named_default_counts(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "chat")
+    named = [dict(name=x, template=f"{x} {{{{ messages[0].content }}}}") for x in ("tool_use", "default")]
+    (tmp_path / "chat/tokenizer_config.json").write_text(json.dumps(dict(chat_template=named)))
+    assert load(str(tmp_path / "chat"))[1].render("a") == "default a"
+
+
 # the decoding loop
 
 
