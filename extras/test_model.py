@@ -556,7 +556,8 @@ TEMPLATES = {
     "{% if i > 5 %}{% break %}{% endif %}{{ i }}{{ loop.last }}{% endfor %}",
     "blocks": "  {% if true %}\n  a\n    {% endif %}\n{# no #}\n  b {{- 'c' -}}  d\n\n",
     "functions": "{% macro say(x) %}<{{ x }}>{% endmacro %}{{ say('a') }}{% set n = namespace(i=1) %}"
-    "{% set n.i = 3 %}{{ n.i }}{{ dict(a=1).a }}{{ 'a-b'.split('-')[1] }}{{ messages[0]['content'][:3] | upper }}{{ none }}",
+    "{% set n.i = 3 %}{{ n.i }}{{ dict(a=1).a }}{{ 'a-b'.split('-')[1] }}"
+    "{{ messages[0]['content'][:3] | upper }}{{ none }}",
     "undefined": "{{ thinking }}{% if thinking is defined %}a{% endif %}{{ messages[0].tool_calls }}",
 }
 FAILING = {
