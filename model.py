@@ -69,7 +69,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
         for name, x in vars(self).items():
-            kind, most = self.__annotations__[name], 1000 if name == "layers" else 2**31
+            kind, most = self.__annotations__[name], 1000 if name == "layers" else 2**24
             whole, positive = type(x) is int and 1 <= x <= most, type(x) in (int, float) and 0 < x < math.inf
             check(kind != "int" or whole, name, f"a whole number from 1 to {most}")
             check(kind != "float" or positive, name, "a positive number")
@@ -475,7 +475,9 @@ def refusing(what: str) -> Iterator[None]:
     """Whatever a library or a malformed field raises inside becomes one ValueError."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # so libraries in Rust panic
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{what} ({kind}{error})") from error
 
@@ -541,8 +543,7 @@ def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], 
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         if (path / "chat_template.jinja").is_file():
             template = (path / "chat_template.jinja").read_text("utf-8-sig")
-        special = {f"{name}_token": extra.get(f"{name}_token") for name in SPECIAL}
-        # stored as text or as {"content": text}
+        special = {f"{name}_token": extra.get(f"{name}_token") for name in SPECIAL}  # or {"content": text}
         special = {k: x["content"] if isinstance(x, dict) else x for k, x in special.items() if x is not None}
         eos = generation.get("eos_token_id", c.get("eos_token_id"))  # one, several or none
         eos = {*(eos if isinstance(eos, list) else [eos]), fast.token_to_id(special.get("eos_token", ""))}
@@ -571,9 +572,13 @@ def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], To
             number = head.get("split.no", 0) + 1
             raise ValueError(f"it is part {number} of {parts} of a split file: llama-gguf-split joins them")
 
-    def tensor(name: str) -> Tensor:
+    def tensor(name: str, key: str = "") -> Tensor:
         with refusing(f"{path}: tensor {name} cannot be read"):
-            return torch.from_numpy(dequantize(have[name].data, have[name].tensor_type).copy())
+            x = torch.from_numpy(dequantize(have[name].data, have[name].tensor_type).copy())
+            if arch == "llama" and ("q_proj" in key or "k_proj" in key):
+                # llama files store rotary pairs side by side; ours are halves of the head, as Hugging Face's
+                x = x.unflatten(0, (-1, config.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+            return x
 
     with refusing(f"{path} cannot be used"):
         scaling = entry.get("rope.scaling.type", "linear")  # these defaults are llama.cpp's
@@ -604,11 +609,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], To
 
     def tensors():
         for name in sorted(have.keys() - {"rope_freqs.weight"}):
-            key, x = ours.get(name, name), tensor(name)
-            if arch == "llama" and ("q_proj" in key or "k_proj" in key):
-                # llama files store rotary pairs side by side; ours are halves of the head, as Hugging Face's
-                x = x.unflatten(0, (-1, config.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
-            yield key, x
+            yield (key := ours.get(name, name)), tensor(name, key)
 
     return config, tensors(), gguf_tokenizer(head, path)
 
@@ -687,7 +688,7 @@ class Tokenizer:
     def render(self, text: str) -> str:
         """One user message in the chat template, by the rules of `apply_chat_template` of transformers."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
         def refuse(message: str):
             raise TemplateError(message)
@@ -696,8 +697,7 @@ class Tokenizer:
             form = dict(indent=indent, separators=separators, sort_keys=sort_keys)
             return json.dumps(x, ensure_ascii=ensure_ascii, **form)
 
-        loops = ["jinja2.ext.loopcontrols"]
-        rules = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+        rules = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         rules.filters["tojson"] = tojson
         rules.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
         # {% generation %} marks answers, for training: here it calls what returns its body

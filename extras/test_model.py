@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import logging
+import math
 import os
 import shutil
 import signal
@@ -17,7 +19,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -537,6 +539,149 @@ def test_a_device_that_is_not_there_is_refused():
         load(device="xpu:77")
 
 
+# anything else: a model or a ValueError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3),
+    max_leaves=5,
+)
+ODD_NUMBERS = st.sampled_from(
+    [0, 1, -1, 3, 64, 2**31, 2**62, 2**64, 0.5, 16.0, 1e-320, 1e308, math.inf, math.nan]
+)
+FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """The tiny model in both forms: {name: its bytes}."""
+    path = tmp_path_factory.mktemp("files")
+    save_gguf(path / "tiny.gguf", save_checkpoint(path, "llama 3"))
+    save_template(path, TEMPLATES["plain"])
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def loads(folder, files, name, data):
+    """Whether the model loads with other bytes in one of its files; if not, that is one clear ValueError."""
+    for file in folder.iterdir():
+        file.unlink()
+    for file, content in (files | {name: data}).items():
+        (folder / file).write_bytes(content)
+    try:
+        model, words = load(str(folder / name if name.endswith("gguf") else folder), torch.float32)
+        read(model, some_tokens(9), SMALL)
+        words.encode("a the")
+        return True
+    except ValueError as error:
+        assert str(error).strip() and not isinstance(error, UnicodeError)
+        return False
+
+
+@FUZZ
+@given(
+    name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]),
+    place=st.integers(0, 99),
+    value=JSON | ODD_NUMBERS,
+    whole=st.integers(0, 19),
+)
+def test_any_json_loads_or_is_a_value_error(files, tmp_path, name, place, value, whole):
+    content = json.loads(files[name])
+    more = [
+        "head_dim",
+        "rope_scaling",
+        "sliding_window",
+        "use_sliding_window",
+        "quantization_config",
+        "eos_token_id",
+    ]
+    keys = [*content, *more, "rope_parameters", "rope_parameters", "rope_parameters"]
+    key = keys[place % len(keys)]
+    if key == "rope_parameters" and whole % 2 and key in content:
+        rope = content[key]
+        rope[[*rope][whole % len(rope)]] = value
+    else:
+        content[key] = value
+    loads(tmp_path, files, name, json.dumps(value if whole == 19 else content).encode())
+
+
+NAMES = ("tiny.gguf", "config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json")
+
+
+@FUZZ
+@given(
+    name=st.sampled_from(NAMES),
+    cut=st.floats(0, 1),
+    pieces=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=3),
+    header=st.booleans(),
+    shift=st.booleans(),
+)
+def test_any_bytes_load_or_are_a_value_error(files, tmp_path, name, cut, pieces, header, shift):
+    data, end = bytearray(files[name]), min(len(files[name]), 700 if header else 10**9)
+    for place, piece in pieces:
+        at = int(place * end)
+        data[at : at + (0 if shift else len(piece))] = piece
+    loads(tmp_path, files, name, bytes(data[: len(data) if cut > 0.5 else int(2 * cut * len(data))]))
+
+
+@FUZZ
+@given(st.sampled_from(NAMES), st.binary(max_size=200))
+def test_random_bytes_are_a_value_error(files, tmp_path, name, data):
+    for start in (b"", files[name][:4], files[name][:24]):
+        assert not loads(tmp_path, files, name, start + data) or name == "tokenizer_config.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("tiny-model"))
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_header_of_a_gguf_file_loads_or_is_a_value_error(files, tiny_model, tmp_path, data):
+    model = (
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "attention.head_count",
+        "context_length",
+    )
+    model += ("attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.dimension_count")
+    model += (
+        "attention.layer_norm_rms_epsilon",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "attention.causal",
+    )
+    words = ("model", "pre", "tokens", "merges", "token_type", "eos_token_id", "bos_token_id", "scores")
+    words += ("eot_token_id", "add_bos_token", "padding_token_id")
+    keys = [f"llama.{x}" for x in model] + [f"tokenizer.ggml.{x}" for x in words]
+    keys += ["general.architecture", "split.count", "split.no", "tokenizer.chat_template"]
+    number = st.sampled_from([0, 1, 3, 16, 64, 2**31, 2**32 - 1])
+    items = st.lists(st.integers(0, 300), min_size=1, max_size=4) | st.lists(
+        st.text(max_size=4), min_size=1, max_size=4
+    )
+    value = number | st.floats(width=32) | st.booleans() | st.text(max_size=6) | items
+    value |= st.sampled_from(["llama", "qwen3", "mistral", "gpt2", "linear", "smollm"])
+    entries = data.draw(st.dictionaries(st.sampled_from(keys), value, min_size=1, max_size=3))
+    path = tmp_path / "made"
+    path.unlink(missing_ok=True)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    save_gguf(path, tiny_model, entries)
+    loads(tmp_path, files, "tiny.gguf", path.read_bytes())
+
+
+@pytest.mark.parametrize("name, seen", [("Panic", ValueError), ("KeyboardInterrupt", KeyboardInterrupt)])
+def test_a_panic_inside_a_library_is_a_value_error_but_an_interrupt_is_not(monkeypatch, folder, name, seen):
+    def fail(text):
+        raise (KeyboardInterrupt if name == "KeyboardInterrupt" else type(name, (BaseException,), {}))
+
+    monkeypatch.setattr(
+        tokenizers, "Tokenizer", SimpleNamespace(from_str=fail)
+    )  # in Rust, as pyo3 hands it on
+    with pytest.raises(seen):
+        load(str(folder))
+
+
 # chat templates
 
 TEMPLATES = {
@@ -802,6 +947,37 @@ def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
     assert 0 < context.cache.resident_tokens() <= context.cache.bound
 
 
+@pytest.mark.parametrize("offload", [None, dict(store="host")])
+@pytest.mark.parametrize("clip", [None, 30])
+def test_what_the_caller_has_set_in_torch_changes_no_bit(tiny, offload, clip):
+    def run():
+        cfg = HiPConfig(**vars(SMALL) | dict(rope_clip=clip, dense_layers=1))
+        context, hidden = read(tiny, some_tokens(150), cfg, offload=offload)
+        return torch.cat([hidden, *decode(context, 6)], 1)
+
+    expected, dtype = run(), torch.get_default_dtype()
+    try:
+        for other in (torch.float64, torch.float16, torch.bfloat16):
+            torch.set_default_dtype(other)
+            assert torch.equal(run(), expected), other
+    finally:
+        torch.set_default_dtype(dtype)
+    with torch.device("meta"):
+        tokens = some_tokens(150)
+    assert tokens.is_meta
+    tokens = some_tokens(150)
+    with torch.device("meta"):  # where no number can be
+        context = Context(
+            tiny, 190, HiPConfig(**vars(SMALL) | dict(rope_clip=clip, dense_layers=1)), offload=offload
+        )
+        hidden = context.prefill(tokens)
+    assert torch.equal(hidden, expected[:, :150])
+    for other in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", other):  # the linear layers obey it, attention does not
+            context, _ = read(tiny, some_tokens(150), SMALL, offload=offload)
+    torch.manual_seed(0)
+
+
 def test_a_system_without_posix_fallocate_offloads_to_disk_all_the_same(tiny, monkeypatch):
     results = []
     for name in ("fsync", "posix_fallocate"):  # the former is not asked for
@@ -954,6 +1130,16 @@ BAD = {
     "--block-q must be at most 65536": ["--prompt", "a", "--block-q", 2**30, "--prefill-chunk", 2**30],
     "--make-passkey must be at most": ["--make-passkey", 2**64],
     "needs 453347182355485.9 GB": ["--prompt", "abcdefgh" * 20, "--max-new-tokens", 2**70],
+    "--temperature must be 0 or more, not inf": ["--prompt", "a", "--temperature", "1e400"],
+    "--seed must be from 0": ["--prompt", "a", "--seed", 2**63],
+    "invalid float": ["--prompt", "a", "--temperature", "hot"],
+    "--prompt must not be empty": ["--prompt", " \n"],
+    "--max-new-tokens: invalid int": ["--prompt", "a", "--max-new-tokens", "1e3"],
+    "--device: expected one argument": ["--prompt", "a", "--device"],
+    "sink must be a whole number of at least 0": ["--prompt", "a", "--sink", -1],
+    "decode_factor must be a power of two": ["--prompt", "a", "--decode-factor", 3],
+    "stride_q must be a divisor of block_q=64": ["--prompt", "a", "--stride-q", 128],
+    "the model must be a .gguf file": ["--prompt", "a", "--model", command.__file__],
     "--seed must be": ["--prompt", "a", "--seed", -1],
     "--passkey-depth": ["--make-passkey", 9, "--passkey-depth", 2],
     "--make-passkey needs at least": ["--make-passkey", 9],
@@ -998,6 +1184,37 @@ def test_bad_input_is_one_line_and_status_2(run, words):
     status, out, err = run(*BAD[words])
     err = err.splitlines()[-1:] if "GB" in words else err.splitlines()  # after the warning of a long text
     assert (status, out, len(err)) == (2, "", 1) and words in err[0] and err[0].startswith("generate.py: ")
+
+
+GOOD = [  # with --prompt "the cat" and two new tokens
+    [],
+    ["--help"],
+    ["--raw", "--json"],
+    ["--temperature", 1e-320],
+    ["--temperature", 1e308, "--seed", 2**63 - 1],
+    ["--top-k", 2**30],
+    ["--block-q", 1, "--stride-q", 1],
+    ["--block-k", 1, "--stride-k", 1],
+    ["--block-q", 2**16, "--block-k", 2**16, "--top-k", 2**16, "--prefill-chunk", 2**16],
+    ["--sink", 0, "--window", 1, "--dense-tail", 0, "--no-memory"],
+    ["--sink", 2**31 - 1, "--window", 2**31 - 1, "--dense-tail", 2**31 - 1, "--dense-layers", 2**31 - 1],
+    ["--refresh-interval", 2**31 - 1, "--decode-factor", 2**30],
+    ["--rope-clip", 2**31 - 1],
+    ["--rope-clip", 1],
+    ["--rope-clip", "off"],
+    ["--attention", "dense", "--dtype", "float16"],
+    ["--attention", "streaming", "--window", 2**31 - 1, "--top-k", 2**30],
+    ["--offload", "host", "--resident-tokens", 2**31 - 1],
+    ["--offload", "disk", "--rope-clip", 3],
+    ["--prefill-chunk", 2**31 - 64],
+    ["--score", "max", "--per-head", "--representative", "first", "--dtype", "bfloat16"],
+]
+
+
+@pytest.mark.parametrize("line", GOOD, ids=lambda line: " ".join(map(str, line)))
+def test_what_may_be_asked_for_ends_with_status_0(run, line):
+    status, out, err = run("--prompt", "the cat", "--max-new-tokens", 2, *line)
+    assert status == 0 and out.strip() and "Traceback" not in err and "inf" not in err and "nan" not in err
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(run, tmp_path):
