@@ -112,7 +112,7 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.config, self.weights = config, weights
         self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
-        divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32)
+        divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32, device="cpu")
         self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -150,12 +150,13 @@ class Llama:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., vocabulary) of the next token in float32, from final hidden states (..., C)."""
-        return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
 
 
 def rope_frequencies(theta: float, head_size: int) -> Tensor:
     """Angle by which each pair of a head turns from one position to the next: (D / 2,) float32."""
-    return theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    return theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
 
 
 # --- one reading of one text -------------------------------------------------------------------------------
@@ -209,9 +210,8 @@ class Context:
         except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes beyond 64 bits
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
-        self.clipped = None  # with rope_clip, the rotary table
-        if cfg.rope_clip is not None:
-            self.clipped = model.rope(0, cfg.rope_clip + max(cfg.block_q, cfg.dense_tail))
+        rows = (cfg.rope_clip or 0) + max(cfg.block_q, cfg.dense_tail)
+        self.clipped = model.rope(0, rows) if cfg.rope_clip else None  # the rotary table
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
         # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
@@ -264,7 +264,7 @@ class Context:
                 if self.method == "hip" and cfg.memory:
                     self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped)
             self.steps = 0
-        return model.norm("norm", x)
+            return model.norm("norm", x)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class Context:
                         y[:, :, self.length :] = z
                 x = model.behind(layer, x, self.attend(layer, q, *past))
             self.steps += 1
-        return model.norm("norm", x)
+            return model.norm("norm", x)
 
     @contextlib.contextmanager
     def reading(self, tokens: Tensor) -> Iterator[None]:
@@ -300,7 +300,8 @@ class Context:
         if not 0 <= low <= high <= last:
             raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
         self.whole = False
-        yield
+        with torch.autocast(self.model.device.type, enabled=False):  # whatever the caller has switched on
+            yield
         self.whole, self.length = True, self.length + T
 
     def room(self, layer: int, end: int) -> list[Tensor]:
@@ -436,8 +437,7 @@ def load(name: str | None = None, dtype: torch.dtype | None = None, device="cpu"
     if config.tied and (head := weights.get("lm_head.weight")) is not None:  # either, or both and untied
         config = replace(config, tied=torch.equal(weights.setdefault("embed_tokens.weight", head), head))
     if missing := sorted(config.shapes().keys() - weights.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{path} lacks the tensor {missing[0]}{more}")
+        raise ValueError(f"{path} lacks the tensor {' and '.join(missing[:2])}")
     return Llama(config, {key: weights[key] for key in config.shapes()}), tokenizer
 
 

@@ -1,5 +1,6 @@
 """model.py, generate.py, evaluate.py's tasks: against transformers, tiny random models, the packaged one."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -947,35 +948,51 @@ def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
     assert 0 < context.cache.resident_tokens() <= context.cache.bound
 
 
-@pytest.mark.parametrize("offload", [None, dict(store="host")])
-@pytest.mark.parametrize("clip", [None, 30])
-def test_what_the_caller_has_set_in_torch_changes_no_bit(tiny, offload, clip):
-    def run():
-        cfg = HiPConfig(**vars(SMALL) | dict(rope_clip=clip, dense_layers=1))
-        context, hidden = read(tiny, some_tokens(150), cfg, offload=offload)
-        return torch.cat([hidden, *decode(context, 6)], 1)
+@contextlib.contextmanager
+def default_dtype(dtype):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(usual)
 
-    expected, dtype = run(), torch.get_default_dtype()
-    try:
-        for other in (torch.float64, torch.float16, torch.bfloat16):
-            torch.set_default_dtype(other)
-            assert torch.equal(run(), expected), other
-    finally:
-        torch.set_default_dtype(dtype)
-    with torch.device("meta"):
-        tokens = some_tokens(150)
-    assert tokens.is_meta
-    tokens = some_tokens(150)
-    with torch.device("meta"):  # where no number can be
-        context = Context(
-            tiny, 190, HiPConfig(**vars(SMALL) | dict(rope_clip=clip, dense_layers=1)), offload=offload
-        )
+
+AROUND = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "a device without numbers": lambda: torch.device("meta"),
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, clip", [("hip", None), ("hip", 30), ("dense", None), ("streaming", 30)])
+def test_what_the_caller_has_set_in_torch_changes_no_bit(folder, method, clip, dtype):
+    tokens, more = some_tokens(150), dict(rope_clip=clip, dense_layers=1)
+
+    def run(model, offload=None):
+        context = Context(model, 190, HiPConfig(**vars(SMALL) | more), method, offload=offload)
         hidden = context.prefill(tokens)
-    assert torch.equal(hidden, expected[:, :150])
-    for other in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", other):  # the linear layers obey it, attention does not
-            context, _ = read(tiny, some_tokens(150), SMALL, offload=offload)
-    torch.manual_seed(0)
+        answer = list(llama.generate(context, hidden, 9, set(), 1.0))
+        return hidden, context.decode(tokens[:, :1]), model.logits(hidden), answer
+
+    model, stores = load(str(folder), dtype)[0], [None, dict(store="host")][: 1 + (method != "dense")]
+    expected = run(model)
+    for around, store in itertools.product(AROUND, stores):
+        with AROUND[around]():
+            results = run(model, store)
+        assert all(map(torch.equal, results[:3], expected[:3])) and results[3] == expected[3], (around, store)
+
+
+@pytest.mark.parametrize("around", [name for name in AROUND if "device" not in name])
+def test_what_the_caller_has_set_in_torch_changes_no_weight(tmp_path, around):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path, "llama 3"))
+    for path in (tmp_path, tmp_path / "tiny.gguf"):
+        models = [load(str(path), torch.bfloat16)[0]]
+        with AROUND[around]():
+            models.append(load(str(path), torch.bfloat16)[0])
+        assert torch.equal(*(model.frequencies for model in models))
+        assert all(torch.equal(x, models[1].weights[key]) for key, x in models[0].weights.items())
 
 
 def test_a_system_without_posix_fallocate_offloads_to_disk_all_the_same(tiny, monkeypatch):
