@@ -192,7 +192,7 @@ class Context:
             cfg = replace(cfg, dense_layers=0)
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
         # more than all is no more, but would be allocated
-        most = max(2**16, 1 << (capacity - 1).bit_length())
+        most = max(2**13, 1 << (capacity - 1).bit_length())
         clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
         cfg = replace(cfg, rope_clip=clip, dense_tail=tail)
         both = (replace(x, top_k=min(x.top_k, max(most, x.block_k))) for x in (cfg, cfg.decoding))
