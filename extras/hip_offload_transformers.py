@@ -133,7 +133,7 @@ class Stored:
         if not self.rows:
             shape = 1, 1, Hkv, self.max_tokens, D
             try:
-                cache = kernels(k.device).OffloadedKVCache
+                cache = kernels(k.device, k.shape[3]).OffloadedKVCache
                 with torch.inference_mode(False):  # tensors made in that mode cannot be written outside
                     self.rows = [
                         cache(shape, H, cfg.decoding, k.dtype, k.device, *self.settings) for _ in range(B)

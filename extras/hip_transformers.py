@@ -4,7 +4,7 @@
 
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="hip")
-    model.config.hip = HiPConfig(top_k=1024)  # may be missing, or a dict, which config.json can hold
+    model.config.hip = HiPConfig(top_k=1024)  # may be missing, or a dict of fields
     print(tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=100)[0]))
 
 The rows of a batch are read as by `model.py`, cut to their real tokens; those of one length together, others
@@ -51,22 +51,51 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
 # tensors that come along and leave attention as it is; any other may be sinks, a bias, an index, ...
 HARMLESS = ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch")
 not_compiled = torch.compiler.disable(reason="HiP's search depends on the data: compile without fullgraph")
+logger = transformers.logging.get_logger(__name__)
 found = threading.local()  # from the hook to the attention call that follows in the same thread
 
 
 def register() -> None:
-    """Make "hip" a name for `attn_implementation`."""
+    """Make "hip" a name for `attn_implementation`, and `hip` an attribute of configs that is checked."""
     transformers.AttentionInterface.register("hip", attention)
     transformers.AttentionMaskInterface.register("hip", mask)
+    transformers.PreTrainedConfig.hip = property(get_hip, set_hip, delete_hip)
+
+
+def get_hip(config: transformers.PreTrainedConfig) -> HiPConfig | None:
+    """`config.hip`, which is kept as a dict of fields, for that can be printed and saved."""
+    if "hip" not in vars(config):
+        raise AttributeError("hip")
+    cfg = vars(config)["hip"]
+    try:
+        return cfg if cfg is None or isinstance(cfg, HiPConfig) else HiPConfig(**cfg)
+    except TypeError as error:
+        raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}") from error
+
+
+def set_hip(config: transformers.PreTrainedConfig, cfg: HiPConfig | dict | None) -> None:
+    """Of a model, and of the models that it is made of: attention knows the config of its own alone."""
+    old = vars(config).get("hip")
+    vars(config)["hip"] = dict(vars(cfg)) if isinstance(cfg, HiPConfig) else cfg
+    try:
+        get_hip(config)
+    except ValueError:
+        vars(config)["hip"] = old
+        raise
+    for part in vars(config).values():
+        if isinstance(part, transformers.PreTrainedConfig):
+            part.hip = cfg
+
+
+def delete_hip(config: transformers.PreTrainedConfig) -> None:
+    vars(config).pop("hip", None)
+    for part in vars(config).values():
+        if isinstance(part, transformers.PreTrainedConfig):
+            del part.hip
 
 
 def settings(config: transformers.PreTrainedConfig) -> HiPConfig:
-    """`config.hip` of a model: a HiPConfig, a dict of fields, or missing.  ValueError for anything else."""
-    cfg = getattr(config, "hip", None) or {}
-    try:
-        return cfg if isinstance(cfg, HiPConfig) else HiPConfig(**cfg)
-    except TypeError as error:
-        raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}") from error
+    return getattr(config, "hip", None) or HiPConfig()
 
 
 @functools.cache
@@ -74,10 +103,15 @@ def decoding(cfg: HiPConfig) -> HiPConfig:
     return cfg.decoding
 
 
-def kernels(device: torch.device) -> ModuleType:
-    """Triton's on a GPU where triton is installed, else the reference."""
+def kernels(device: torch.device, head_size: int) -> ModuleType:
+    """Triton's on a GPU where triton is installed, for the head sizes that they take, else the reference."""
     fast = device.type == "cuda" and importlib.util.find_spec("triton")
-    return importlib.import_module("hip_triton" if fast else "hip")
+    lib = importlib.import_module("hip_triton" if fast else "hip")
+    if fast and head_size not in lib.HEAD_SIZES:
+        sizes = f"head sizes of {', '.join(map(str, lib.HEAD_SIZES))}, not {head_size}"
+        logger.warning_once(f"HiP's Triton kernels take {sizes}: hip.py takes their place, more slowly")
+        return hip
+    return lib
 
 
 def read(row: tuple | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | None, dense: bool) -> tuple:
@@ -87,7 +121,7 @@ def read(row: tuple | None, q: Tensor, past: list, cfg: HiPConfig, scale: float 
     past: keys and values (B, Hkv, T, D), in decoding also an offloaded cache's `hip.Pages`.  dense: whether
     the layer is.
     """
-    (k, v), (selection, steps), lib, out = past, row or (None, 0), kernels(q.device), []
+    (k, v), (selection, steps), lib, out = past, row or (None, 0), kernels(q.device, q.shape[3]), []
     Tq, T, unit = q.shape[2], k.shape[2], max(cfg.block_q, hip.PIECE * (1 if q.device.type == "cpu" else 8))
     body = Tq if row else max(0, Tq - cfg.dense_tail)
     if body and not dense:

@@ -956,13 +956,85 @@ def test_settings_travel_in_config_json(tmp_path, model):
     assert torch.equal(ours, theirs)
 
 
+def composite():
+    """A tiny model of an image part and a text part, which has a config of its own."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=tiny().config, image_token_id=255)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration._from_config(config, attn_implementation="hip").eval()
+
+
+def test_a_composite_model_hears_its_settings(tmp_path):
+    whole, tokens, results = composite(), some_tokens(1, 200), []
+    del whole.config.hip
+    for config, cfg in ((whole.config, SMALL), (whole.config.text_config, SMALL), (whole.config, COVERS)):
+        config.hip = cfg
+        assert hip_transformers.settings(whole.model.language_model.config) == cfg
+        with torch.no_grad():
+            results.append(whole(tokens).logits)
+    assert torch.equal(*results[:2]) and not torch.equal(*results[1:])
+    whole.config.hip = vars(SMALL)
+    whole.save_pretrained(tmp_path)
+    again = type(whole).from_pretrained(tmp_path)
+    assert hip_transformers.settings(again.config) == SMALL
+    assert hip_transformers.settings(again.model.language_model.config) == SMALL
+
+
+def test_settings_that_cannot_work_are_refused_when_they_are_set():
+    for model in (tiny(), composite()):
+        model.config.hip = SMALL
+        for wrong in (
+            dict(topk=64),
+            dict(top_k=63),
+            dict(beam=2),
+            "fast",
+            5,
+            ["top_k"],
+            vars(SMALL) | dict(x=1),
+        ):
+            with pytest.raises(ValueError, match="config.hip must be|top_k must be|beam is gone"):
+                model.config.hip = wrong
+            assert model.config.hip == SMALL
+
+
+@pytest.mark.parametrize("form", [lambda cfg: cfg, vars, lambda cfg: dict(top_k=32, block_k=8)])
+@pytest.mark.parametrize("make", [tiny, composite])
+def test_settings_survive_printing_copying_saving_and_loading(tmp_path, form, make):
+    model = make()
+    model.config.hip = form(SMALL)
+    wanted = model.config.hip
+    assert isinstance(wanted, HiPConfig) and wanted.top_k == 32
+    assert '"top_k": 32' in str(model.config) and repr(model.config) and model.config.to_json_string()
+    assert copy.deepcopy(model.config).hip == wanted
+    assert type(model.config).from_dict(model.config.to_dict()).hip == wanted
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hip"]["block_k"] == 8
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.hip == wanted and type(model).from_pretrained(tmp_path).config.hip == wanted
+
+
+def test_head_sizes_that_the_triton_kernels_do_not_take_are_the_reference_s_and_said_once(monkeypatch):
+    lib, gpu = SimpleNamespace(HEAD_SIZES=(32, 64)), torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
+    monkeypatch.setattr(importlib, "import_module", lambda name: lib if name == "hip_triton" else hip)
+    said = []
+    monkeypatch.setattr(hip_transformers.logger, "warning", lambda text, *_, **__: said.append(text))
+    assert [hip_transformers.kernels(gpu, D) for D in (32, 48, 64, 48, 48)] == [lib, hip, lib, hip, hip]
+    assert said == [
+        "HiP's Triton kernels take head sizes of 32, 64, not 48: hip.py takes their place, more slowly"
+    ]
+
+
 @pytest.mark.parametrize(
     "device, triton, name", [("cuda", True, "hip_triton"), ("cuda", False, "hip"), ("cpu", True, "hip")]
 )
 def test_the_triton_kernels_are_taken_on_a_gpu_where_triton_is_installed(monkeypatch, device, triton, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: package == "triton" and triton or None)
-    monkeypatch.setattr(importlib, "import_module", lambda name: name)
-    assert hip_transformers.kernels(torch.device(device)) == name
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(name=name, HEAD_SIZES=(32,)))
+    assert hip_transformers.kernels(torch.device(device), 32).name == name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

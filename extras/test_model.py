@@ -1,11 +1,16 @@
 """model.py, generate.py, evaluate.py's tasks: against transformers, tiny random models, the packaged one."""
 
+import contextlib
 import itertools
 import json
+import logging
+import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,6 +20,8 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -64,6 +71,13 @@ def text_tokenizer():
     fast.decoder = tokenizers.decoders.ByteLevel()
     fast.add_special_tokens(["<end>"])
     return fast, tokens, merges
+
+
+def bytes_to_unicode():
+    """How byte-level vocabularies write each byte: itself where it can be printed, else from 256 on."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = iter(range(256, 512))
+    return {b: chr(b if b in plain else next(rest)) for b in range(256)}
 
 
 def save_checkpoint(folder, name="llama", **fields):
@@ -137,8 +151,11 @@ def test_every_family_equals_transformers_in_logits_and_greedy_tokens(tmp_path, 
         assert list(llama.generate(context, hidden, 20, eos=set())) == whole[0, T:].tolist()
 
 
-def save_gguf(path, theirs):
-    """The model as llama.cpp stores it: names of the library gguf, llama's rotary rows side by side."""
+def save_gguf(path, theirs, more=(), without=()):
+    """The model as llama.cpp stores it: names of the library gguf, llama's rotary rows side by side.
+
+    more: header entries, which replace the usual ones.  without: tensors that are left out.
+    """
     import gguf  # only what reads models needs it
 
     c, (_, tokens, merges) = theirs.config, text_tokenizer()
@@ -158,7 +175,12 @@ def save_gguf(path, theirs):
     writer.add_token_types([1] * 258 + [3])
     writer.add_eos_token_id(258)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.model_type.upper()], c.num_hidden_layers)
+    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+    for key, value in dict(more).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
     for key, x in theirs.state_dict().items():
+        if key in without:
+            continue
         if c.model_type == "llama" and ("q_proj" in key or "k_proj" in key):
             x = x.unflatten(0, (-1, 2, 8)).transpose(1, 2).flatten(0, 2)
         writer.add_tensor(names.get_name(key, (".weight", ".bias")), x.contiguous().numpy())
@@ -183,9 +205,80 @@ def test_a_gguf_file_is_the_same_model_and_tokenizer_as_the_folder(tmp_path, nam
     assert "".join([*map(step, same.encode(text)), step(None)]) == text.replace("<end>", "")
 
 
-def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_rest_in_bytes():
+@pytest.mark.parametrize("kind", ["linear", "", "old", "none"])
+def test_a_gguf_file_s_linear_scaling_is_llama_cpp_s(tmp_path, kind):
+    scaling = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+    theirs = (
+        save_checkpoint(tmp_path, rope_parameters=scaling) if kind != "none" else save_checkpoint(tmp_path)
+    )
+    more = {"llama.rope.scale_linear" if kind == "old" else "llama.rope.scaling.factor": 4.0}
+    more |= {"llama.rope.scaling.type": kind} if kind in ("linear", "none") else {}
+    save_gguf(tmp_path / "tiny.gguf", theirs, more)
+    a, b = (load(str(path), torch.float32)[0] for path in (tmp_path, tmp_path / "tiny.gguf"))
+    assert torch.equal(a.frequencies, b.frequencies)
+
+
+def test_linear_scaling_joins_llama_3_s_factors(tmp_path):
+    save_gguf(tmp_path / "a.gguf", theirs := save_checkpoint(tmp_path, "llama 3"))
+    save_gguf(tmp_path / "b.gguf", theirs, {"llama.rope.scaling.factor": 2.0})
+    a, b = (load(str(tmp_path / f"{x}.gguf"), torch.float32)[0] for x in "ab")
+    assert torch.equal(a.frequencies, b.frequencies * 2)
+
+
+def test_a_gguf_file_without_an_output_matrix_is_tied(tmp_path):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), without=["lm_head.weight"])
+    model = load(str(tmp_path / "tiny.gguf"), torch.float32)[0]
+    assert model.config.tied and "lm_head.weight" not in model.weights
+
+
+GGUF_REFUSED = {
+    "rope scaling of type yarn": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+    "rope scaling of type longrope": {"llama.rope.scaling.type": "longrope"},
+    "rope.scaling.attn_factor 1.5": {"llama.rope.scaling.attn_factor": 1.5},
+    "rope.dimension_count 8": {"llama.rope.dimension_count": 8},
+    "rope_divisor must be": {"llama.rope.scaling.factor": -2.0},
+    "attention.causal False": {"llama.attention.causal": False},
+    "it is part 2 of 3 of a split file": {"split.count": 3, "split.no": 1},
+    "architecture mamba": {"general.architecture": "mamba"},
+    "kv_heads must be a whole number": {"llama.attention.head_count_kv": [2, 2, 1]},
+    "pre-tokenizer deepseek": {"tokenizer.ggml.pre": "deepseek"},
+    "the tokenizer bert": {"tokenizer.ggml.model": "bert"},
+    "tokenizer that cannot be used .*qq": {"tokenizer.ggml.merges": ["t h", "q qq"]},
+    "tokenizer that cannot be used": {"tokenizer.ggml.merges": ["t h e"]},
+    "tokenizer that cannot be used .*shorter": {"tokenizer.ggml.token_type": [1, 3]},
+    "end tokens must be from 0 to 258, not .259": {"tokenizer.ggml.eos_token_id": 259},
+    "end tokens must be from 0 to 258, not .*1000": {"tokenizer.ggml.eot_token_id": 1000},
+}
+
+
+@pytest.mark.parametrize("words", GGUF_REFUSED)
+def test_a_gguf_file_that_cannot_run_is_refused_by_name(tmp_path, words):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), GGUF_REFUSED[words])
+    with pytest.raises(ValueError, match=f"tiny.gguf .*{words}"):
+        load(str(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe"])
+def test_of_gguf_tokenizers_qwen2_s_composes_unicode(tmp_path, kind):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), {"tokenizer.ggml.pre": kind})
+    words = load(str(tmp_path / "tiny.gguf"))[1]
+    for text in ("the cafe\u0301", "\u1112\u1161\u11ab\u1100\u1173\u11af", "A\u030a <end>"):
+        composed = unicodedata.normalize("NFC", text)
+        assert (words.encode(text) == words.encode(composed)) == (kind == "qwen2") and text != composed
+
+
+def test_a_special_token_beyond_a_gguf_vocabulary_is_none(tmp_path):
+    more = {f"tokenizer.ggml.{x}_token_id": 2**32 - 1 for x in ("bos", "padding")}
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), more)
+    assert load(str(tmp_path / "tiny.gguf"))[1].special == {"eos_token": "<end>"}
+
+
+def sentencepiece(more=(), **entries):
+    """A sentencepiece vocabulary as a GGUF header has it: (tokens, tokenizer)."""
     pieces = {"▁": -10, "t": -11, "h": -12, "e": -13, "th": -2, "he": -1, "▁t": -3}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    pieces |= {piece: -20 - i for i, piece in enumerate(more)}
+    tokens += more
     head = dict(
         tokens=tokens,
         scores=[0.0] * 259 + [*pieces.values()],
@@ -194,9 +287,81 @@ def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_r
         token_type=[2, 3, 3] + [6] * 256 + [1] * len(pieces),
         model="llama",
     )
-    words = llama.gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in head.items()}, Path())
+    head = {f"tokenizer.ggml.{key}": value for key, value in (head | entries).items()}
+    return tokens, llama.gguf_tokenizer(head, Path())
+
+
+def test_a_sentencepiece_vocabulary_merges_the_best_score_first_and_spells_the_rest_in_bytes():
+    tokens, words = sentencepiece()
     assert [tokens[i] for i in words.encode("the é")] == ["<s>", "▁t", "he", "▁", "<0xC3>", "<0xA9>"]
     assert words.fast.decode(words.encode("the é")) == "the é" and words.eos == {2}
+
+
+def vocabulary(kind):
+    """A tokenizer of each kind that models have, by the way in which it decodes."""
+    if kind == "byte-level":
+        return llama.Tokenizer(text_tokenizer()[0], set(), None, {})
+    words = sentencepiece(["é", "▁▁", "東", "\ufffd"], add_space_prefix="no prefix" not in kind)[1]
+    if kind == "metaspace":  # what transformers writes for some models
+        words.fast.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+        )
+    return words
+
+
+KINDS = ("byte-level", "sentencepiece", "sentencepiece, no prefix", "metaspace")
+ODD = "the thé 東京 🎉👩‍👩‍👧 ha\ufffdhe\u0301  the\n\n 한국어 the"
+
+
+def streamed(words, prompt, answer):
+    step = words.stream(prompt)
+    return [*map(step, answer), step(None)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(KINDS))
+def test_what_is_streamed_is_what_decoding_the_answer_adds(data, kind):
+    words = vocabulary(kind)
+    token = st.integers(0, words.fast.get_vocab_size() + 1)  # one that the vocabulary lacks among them
+    texts = st.text(st.sampled_from(ODD), max_size=9).map(words.encode)
+    parts = st.lists(
+        texts | st.lists(token, max_size=2) | st.lists(st.integers(3, 258), max_size=3), max_size=6
+    )
+    prompt = data.draw(texts)
+    answer = sum(data.draw(parts), [])
+    read, whole = words.fast.decode(prompt), words.fast.decode(prompt + answer)
+    assume(whole.startswith(read))  # else its last bytes and the answer's first were one run
+    runs = [len([*run]) for byte, run in itertools.groupby(answer, lambda i: 3 <= i < 259) if byte]
+    assume("\ufffd" not in whole or kind == "byte-level" or max(runs, default=0) < 12)  # shown, then spoilt
+    assert read + "".join(streamed(words, prompt, answer)) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_streamed_soon_and_each_token_costs_the_same(kind):
+    words, text = vocabulary(kind), ODD * 100
+    answer = words.encode(text)
+    calls, decode, step = [], words.fast.decode, words.stream([])
+    monitored = SimpleNamespace(decode=lambda ids: calls.append(len(ids)) or decode(ids))
+    for name in ("token_to_id", "id_to_token", "get_added_tokens_decoder"):
+        setattr(monitored, name, getattr(words.fast, name))
+    words.fast, lag, shown = monitored, [], ""
+    step = words.stream([])
+    for i, token in enumerate(answer):
+        shown += step(token)
+        lag.append(len(decode(answer[: i + 1]).rstrip("\ufffd")) - len(shown) if i < 300 else 0)
+    assert shown + step(None) == decode(answer) and max(lag) <= 12
+    assert len(calls) <= 3 * len(answer) + 9 and max(calls) <= 140
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("byte", [0xFF, 0x80, 0xE6, 0xF0])
+def test_bytes_that_never_become_a_character_are_shown_after_a_few_tokens(kind, byte):
+    words = vocabulary(kind)
+    name = bytes_to_unicode()[byte] if kind == "byte-level" else f"<0x{byte:02X}>"
+    token, prompt = words.fast.token_to_id(name), words.encode("the")
+    pieces = streamed(words, prompt, [token] * 500)
+    assert "".join(pieces[:5]) and all(pieces[5:-1])
+    assert words.fast.decode(prompt) + "".join(pieces) == words.fast.decode(prompt + [token] * 500)
 
 
 def rewrite(path, change):
@@ -205,8 +370,18 @@ def rewrite(path, change):
     safetensors.torch.save_file(tensors, path)
 
 
-def configure(path, **fields):
-    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | fields))
+def configure(path, without="", **fields):
+    config = json.loads((path / "config.json").read_text()) | fields
+    config.pop(without, None)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def index(path, *files):
+    """Say that the weights are in these parts, the first of which is there."""
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    names = [f"{file}.safetensors" if isinstance(file, str) else file for file in files]
+    tensors = {f"model.{i}.weight": name for i, name in enumerate(names)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": tensors}))
 
 
 def cut(path, size):
@@ -222,7 +397,27 @@ REFUSED = {
     "cannot be read as JSON": lambda f: cut(f / "config.json", 100),
     "tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
     "tokenizer.json cannot": lambda f: cut(f / "tokenizer.json", 100),
-    r"no \*.safetensors": lambda f: (f / "model.safetensors").unlink(),
+    "no model.safetensors.*found: config.json, generation_config.json, old.safetensors, tokenizer.json": (
+        lambda f: (f / "model.safetensors").rename(f / "old.safetensors")
+    ),
+    "no model-00002-of-00002.safetensors": lambda f: index(f, "model-00001-of-00002", "model-00002-of-00002"),
+    "index.json cannot be": lambda f: index(f, "model-00001-of-00002", 7),
+    "quantization_config": lambda f: configure(f, quantization_config={"quant_method": "gptq"}),
+    "partial_rotary_factor 0.5": lambda f: configure(f, partial_rotary_factor=0.5),
+    "as JSON": lambda f: (f / "config.json").write_text("[1, 2]"),
+    "cannot be used .KeyError: 'rms_norm_eps": lambda f: configure(f, without="rms_norm_eps"),
+    "heads must be a whole number": lambda f: configure(f, num_attention_heads=4.0, head_dim=16),
+    "layers must be": lambda f: configure(f, num_hidden_layers=10**9),
+    "kv_heads must be a divisor of 4 heads": lambda f: configure(f, num_key_value_heads=3),
+    "head_size must be even": lambda f: configure(f, head_dim=15),
+    "norm_eps must be": lambda f: configure(f, rms_norm_eps=float("nan")),
+    "rope_theta must be": lambda f: configure(f, rope_parameters=None, rope_theta=-1.0),
+    "rope_divisor must be": lambda f: configure(f, rope_parameters=LLAMA3 | dict(factor=-8.0)),
+    "TypeError": lambda f: configure(f, rope_parameters="linear"),
+    "of fractions, not .*int8": lambda f: rewrite(
+        f / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
+    ),
+    "special tokens": lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": [5]}'),
     "truncated": lambda f: cut(f / "model.safetensors", 50_000),
     "lacks the tensor layers.1.mlp.up_proj.weight$": lambda f: rewrite(
         f / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
@@ -239,6 +434,81 @@ def test_a_checkpoint_that_cannot_run_is_refused_by_name(tmp_path, folder, words
     REFUSED[words](tmp_path / "bad")
     with pytest.raises(ValueError, match=words):
         load(str(tmp_path / "bad"))
+
+
+def same_weights(folder, *others):
+    first, *rest = (load(str(path), torch.float32)[0].weights for path in (folder, *others))
+    return all(w.keys() == first.keys() and all(torch.equal(w[key], first[key]) for key in w) for w in rest)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama in parts"])
+def test_files_that_are_not_the_checkpoint_s_own_are_not_read(tmp_path, name):
+    save_checkpoint(tmp_path / "own", name)
+    shutil.copytree(tmp_path / "own", tmp_path / "more")
+    own = sorted((tmp_path / "own").glob("*.safetensors"))
+    wrong = {"model.norm.weight": torch.zeros(64), "model.embed_tokens.weight": torch.zeros(259, 64)}
+    for stray in ("a", "adapter_model", "consolidated", "model-00009-of-00009", "optimizer", "z"):
+        safetensors.torch.save_file(wrong, tmp_path / "more" / f"{stray}.safetensors")
+    if "parts" in name:  # and a tensor of which another part is the home
+        where = json.loads((tmp_path / "own/model.safetensors.index.json").read_text())["weight_map"]
+        for file in own:
+            key = next(key for key in where if where[key] != file.name)
+            rewrite(tmp_path / "more" / file.name, lambda t, k=key: t.update({k: torch.zeros(9)}))
+    else:
+        (tmp_path / "more/model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    assert same_weights(tmp_path / "own", tmp_path / "more")
+
+
+def test_a_tied_matrix_may_be_saved_under_either_name_and_two_that_differ_are_two(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_checkpoint(tmp_path / "tied", "llama, tied")
+    changes = {
+        "head": lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        "both": lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+        "differ": lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].flip(0)}),
+    }
+    for name, change in changes.items():
+        shutil.copytree(tmp_path / "tied", tmp_path / name)
+        rewrite(tmp_path / name / "model.safetensors", change)
+    assert same_weights(*(tmp_path / name for name in ("tied", "head", "both")))
+    for name in changes:
+        model = load(str(tmp_path / name), torch.float32)[0]
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            close(model.logits(read(model, some_tokens(9), COVERS)[1]), theirs(some_tokens(9)).logits)
+
+
+def test_linear_scaling_is_the_library_s(tmp_path):
+    linear = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+    theirs = save_checkpoint(tmp_path, rope_parameters=linear)
+    model = load(str(tmp_path), torch.float32)[0]
+    with torch.no_grad():
+        close(model.logits(read(model, some_tokens(99), COVERS)[1]), theirs(some_tokens(99)).logits)
+
+
+def test_truncation_and_padding_that_a_tokenizer_was_saved_with_are_not_applied(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "saved")
+    fast = text_tokenizer()[0]
+    fast.enable_truncation(5), fast.enable_padding(length=40, pad_token="<end>", pad_id=258)
+    fast.save(str(tmp_path / "saved/tokenizer.json"))
+    text = "the quick brown fox"
+    assert load(str(tmp_path / "saved"))[1].encode(text) == load(str(folder))[1].encode(text)
+
+
+def test_a_token_beyond_the_embedding_is_refused_before_it_is_looked_up(tiny, run, tmp_path, folder):
+    for token in (259, -1, 2**40):
+        context = Context(tiny, 99, SMALL)
+        for call in (context.prefill, context.decode):
+            with pytest.raises(ValueError, match=f"the model knows tokens from 0 to 258, not {token}"):
+                call(torch.tensor([[token]]))
+        assert context.prefill(some_tokens(9)).isfinite().all()
+    shutil.copytree(folder, tmp_path / "more")
+    fast = text_tokenizer()[0]
+    fast.add_tokens(["<new>"])
+    fast.save(str(tmp_path / "more/tokenizer.json"))
+    status, out, err = run("--prompt", "a <new> b", "--model", tmp_path / "more")
+    assert (status, out) == (2, "") and "tokens from 0 to 258, not 259" in err.splitlines()[-1]
 
 
 def test_a_truncated_gguf_file_is_refused_by_name(tmp_path):
@@ -270,6 +540,238 @@ def test_a_hub_id_is_downloaded_and_a_hub_out_of_reach_is_explained(tmp_path, fo
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="the device xpu:77 cannot be used"):
         load(device="xpu:77")
+
+
+# anything else: a model or a ValueError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3),
+    max_leaves=5,
+)
+ODD_NUMBERS = st.sampled_from(
+    [0, 1, -1, 3, 64, 2**31, 2**62, 2**64, 0.5, 16.0, 1e-320, 1e308, math.inf, math.nan]
+)
+FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """The tiny model in both forms: {name: its bytes}."""
+    path = tmp_path_factory.mktemp("files")
+    save_gguf(path / "tiny.gguf", save_checkpoint(path, "llama 3"))
+    save_template(path, TEMPLATES["plain"])
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def loads(folder, files, name, data):
+    """Whether the model loads with other bytes in one of its files; if not, that is one clear ValueError."""
+    for file in folder.iterdir():
+        file.unlink()
+    for file, content in (files | {name: data}).items():
+        (folder / file).write_bytes(content)
+    try:
+        model, words = load(str(folder / name if name.endswith("gguf") else folder), torch.float32)
+        read(model, some_tokens(9), SMALL)
+        words.encode("a the")
+        return True
+    except ValueError as error:
+        assert str(error).strip() and not isinstance(error, UnicodeError)
+        return False
+
+
+@FUZZ
+@given(
+    name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]),
+    place=st.integers(0, 99),
+    value=JSON | ODD_NUMBERS,
+    whole=st.integers(0, 19),
+)
+def test_any_json_loads_or_is_a_value_error(files, tmp_path, name, place, value, whole):
+    content = json.loads(files[name])
+    more = [
+        "head_dim",
+        "rope_scaling",
+        "sliding_window",
+        "use_sliding_window",
+        "quantization_config",
+        "eos_token_id",
+    ]
+    keys = [*content, *more, "rope_parameters", "rope_parameters", "rope_parameters"]
+    key = keys[place % len(keys)]
+    if key == "rope_parameters" and whole % 2 and key in content:
+        rope = content[key]
+        rope[[*rope][whole % len(rope)]] = value
+    else:
+        content[key] = value
+    loads(tmp_path, files, name, json.dumps(value if whole == 19 else content).encode())
+
+
+NAMES = ("tiny.gguf", "config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json")
+
+
+@FUZZ
+@given(
+    name=st.sampled_from(NAMES),
+    cut=st.floats(0, 1),
+    pieces=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=3),
+    header=st.booleans(),
+    shift=st.booleans(),
+)
+def test_any_bytes_load_or_are_a_value_error(files, tmp_path, name, cut, pieces, header, shift):
+    data, end = bytearray(files[name]), min(len(files[name]), 700 if header else 10**9)
+    for place, piece in pieces:
+        at = int(place * end)
+        data[at : at + (0 if shift else len(piece))] = piece
+    loads(tmp_path, files, name, bytes(data[: len(data) if cut > 0.5 else int(2 * cut * len(data))]))
+
+
+@FUZZ
+@given(st.sampled_from(NAMES), st.binary(max_size=200))
+def test_random_bytes_are_a_value_error(files, tmp_path, name, data):
+    for start in (b"", files[name][:4], files[name][:24]):
+        assert not loads(tmp_path, files, name, start + data) or name == "tokenizer_config.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("tiny-model"))
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_header_of_a_gguf_file_loads_or_is_a_value_error(files, tiny_model, tmp_path, data):
+    model = (
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "attention.head_count",
+        "context_length",
+    )
+    model += ("attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.dimension_count")
+    model += (
+        "attention.layer_norm_rms_epsilon",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "attention.causal",
+    )
+    words = ("model", "pre", "tokens", "merges", "token_type", "eos_token_id", "bos_token_id", "scores")
+    words += ("eot_token_id", "add_bos_token", "padding_token_id")
+    keys = [f"llama.{x}" for x in model] + [f"tokenizer.ggml.{x}" for x in words]
+    keys += ["general.architecture", "split.count", "split.no", "tokenizer.chat_template"]
+    number = st.sampled_from([0, 1, 3, 16, 64, 2**31, 2**32 - 1])
+    items = st.lists(st.integers(0, 300), min_size=1, max_size=4) | st.lists(
+        st.text(max_size=4), min_size=1, max_size=4
+    )
+    value = number | st.floats(width=32) | st.booleans() | st.text(max_size=6) | items
+    value |= st.sampled_from(["llama", "qwen3", "mistral", "gpt2", "linear", "smollm"])
+    entries = data.draw(st.dictionaries(st.sampled_from(keys), value, min_size=1, max_size=3))
+    path = tmp_path / "made"
+    path.unlink(missing_ok=True)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    save_gguf(path, tiny_model, entries)
+    loads(tmp_path, files, "tiny.gguf", path.read_bytes())
+
+
+@pytest.mark.parametrize("name, seen", [("Panic", ValueError), ("KeyboardInterrupt", KeyboardInterrupt)])
+def test_a_panic_inside_a_library_is_a_value_error_but_an_interrupt_is_not(monkeypatch, folder, name, seen):
+    def fail(text):
+        raise (KeyboardInterrupt if name == "KeyboardInterrupt" else type(name, (BaseException,), {}))
+
+    monkeypatch.setattr(
+        tokenizers, "Tokenizer", SimpleNamespace(from_str=fail)
+    )  # in Rust, as pyo3 hands it on
+    with pytest.raises(seen):
+        load(str(folder))
+
+
+# chat templates
+
+TEMPLATES = {
+    "plain": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "nothing but the message": "{% if tools is not none or documents is not none %}{{ 1 / 0 }}{% endif %}"
+    "{% if tools is defined and documents is defined %}defined {% endif %}{{ messages[-1].content }}",
+    "special tokens": "{{ pad_token }}|{{ eos_token }}|{{ unk_token }}|"
+    "{% if sep_token is defined %}sep{% endif %}{{ mask_token is defined }}{{ cls_token }}",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b<&': 'é', 'a': [1]} | tojson }}"
+    "{{ {'b<&': 'é', 'a': [1]} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}"
+    "{{ 'é' | tojson(true) }}",
+    "generation": "{% set x = 1 %}{%- for m in messages -%}{% generation %}{{ m.content }}{% set x = 2 %}\n"
+    "  {% endgeneration %}{{ x }} {%+ generation -%}  a {%- endgeneration +%} b{% endfor %}",
+    "time": "{{ strftime_now('%Y') }}{{ strftime_now('%d %b %%') }}{{ strftime_now('%f') | length }}",
+    "loops": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+    "{% if i > 5 %}{% break %}{% endif %}{{ i }}{{ loop.last }}{% endfor %}",
+    "blocks": "  {% if true %}\n  a\n    {% endif %}\n{# no #}\n  b {{- 'c' -}}  d\n\n",
+    "functions": "{% macro say(x) %}<{{ x }}>{% endmacro %}{{ say('a') }}{% set n = namespace(i=1) %}"
+    "{% set n.i = 3 %}{{ n.i }}{{ dict(a=1).a }}{{ 'a-b'.split('-')[1] }}"
+    "{{ messages[0]['content'][:3] | upper }}{{ none }}",
+    "undefined": "{{ thinking }}{% if thinking is defined %}a{% endif %}{{ messages[0].tool_calls }}",
+}
+FAILING = {
+    "no systems .*today": "{{ raise_exception('no systems \n today') }}",
+    "UndefinedError": "{{ messages[0].a.b }}",
+    "ZeroDivisionError": "{{ 1 / 0 }}",
+    "TypeError": "{{ messages + 1 }}",
+    "TemplateSyntaxError": "{% if %}",
+    "SecurityError": "{{ ''.__class__.__mro__ }}",
+    "RecursionError": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "OverflowError": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "unknown tag": "{% nonsense %}",
+    "TextInputSequence": "{{ '\\ud800' }}",
+}
+
+
+def save_template(folder, template):
+    """The tiny tokenizer as transformers saves it with special tokens and a template: its own object."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = dict(bos_token="<end>", eos_token="<end>", pad_token="the", unk_token="a", mask_token="b")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=text_tokenizer()[0], **names, chat_template=template)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template_is_rendered_as_by_transformers(tmp_path, folder, name):
+    shutil.copytree(folder, tmp_path / "chat")
+    theirs = save_template(tmp_path / "chat", TEMPLATES[name])
+    words = load(str(tmp_path / "chat"))[1]
+    text = '  the <b>é</b> 東 "quoted"\n{{ 1 }}  '
+    chat = [{"role": "user", "content": text}]
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert words.render(text) == expected
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert words.encode(text, chat=True) == ids
+
+
+@pytest.mark.parametrize("words", FAILING)
+def test_an_error_inside_a_chat_template_is_one_sentence(run, tmp_path, folder, words):
+    shutil.copytree(folder, tmp_path / "chat")
+    (tmp_path / "chat/chat_template.jinja").write_text(FAILING[words], encoding="utf-8")
+    status, out, err = run("--prompt", "a", "--model", tmp_path / "chat")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("generate.py: the model's chat template failed: use the raw text (")
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        load(str(tmp_path / "chat"))[1].encode("a", chat=True)
+
+
+def test_a_gguf_file_s_special_tokens_and_template_reach_its_chat(tmp_path):
+    ids = dict(bos=7, eos=258, padding=65, unknown=66, seperator=67, mask=68)
+    more = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    template = (
+        "{{ [bos_token, eos_token, pad_token, unk_token, sep_token, mask_token, cls_token is defined] }}"
+    )
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path), more | {"tokenizer.chat_template": template})
+    words, tokens = load(str(tmp_path / "tiny.gguf"))[1], text_tokenizer()[1]
+    assert words.render("") == str([*(tokens[i] for i in ids.values()), False])
+
+
+def test_of_several_templates_the_one_named_default_counts(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "chat")
+    named = [dict(name=x, template=f"{x} {{{{ messages[0].content }}}}") for x in ("tool_use", "default")]
+    (tmp_path / "chat/tokenizer_config.json").write_text(json.dumps(dict(chat_template=named)))
+    assert load(str(tmp_path / "chat"))[1].render("a") == "default a"
 
 
 # the decoding loop
@@ -448,6 +950,61 @@ def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
     assert 0 < context.cache.resident_tokens() <= context.cache.bound
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(usual)
+
+
+AROUND = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "a device without numbers": lambda: torch.device("meta"),
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, clip", [("hip", None), ("hip", 30), ("dense", None), ("streaming", 30)])
+def test_what_the_caller_has_set_in_torch_changes_no_bit(folder, method, clip, dtype):
+    tokens, more = some_tokens(150), dict(rope_clip=clip, dense_layers=1)
+
+    def run(model, offload=None):
+        context = Context(model, 190, HiPConfig(**vars(SMALL) | more), method, offload=offload)
+        hidden = context.prefill(tokens)
+        answer = list(llama.generate(context, hidden, 9, set(), 1.0))
+        return hidden, context.decode(tokens[:, :1]), model.logits(hidden), answer
+
+    model, stores = load(str(folder), dtype)[0], [None, dict(store="host")][: 1 + (method != "dense")]
+    expected = run(model)
+    for around, store in itertools.product(AROUND, stores):
+        with AROUND[around]():
+            results = run(model, store)
+        assert all(map(torch.equal, results[:3], expected[:3])) and results[3] == expected[3], (around, store)
+
+
+@pytest.mark.parametrize("around", [name for name in AROUND if "device" not in name])
+def test_what_the_caller_has_set_in_torch_changes_no_weight(tmp_path, around):
+    save_gguf(tmp_path / "tiny.gguf", save_checkpoint(tmp_path, "llama 3"))
+    for path in (tmp_path, tmp_path / "tiny.gguf"):
+        models = [load(str(path), torch.bfloat16)[0]]
+        with AROUND[around]():
+            models.append(load(str(path), torch.bfloat16)[0])
+        assert torch.equal(*(model.frequencies for model in models))
+        assert all(torch.equal(x, models[1].weights[key]) for key, x in models[0].weights.items())
+
+
+def test_a_system_without_posix_fallocate_offloads_to_disk_all_the_same(tiny, monkeypatch):
+    results = []
+    for name in ("fsync", "posix_fallocate"):  # the former is not asked for
+        monkeypatch.delattr(os, name)
+        results.append(read(tiny, some_tokens(200), SMALL, offload=dict(store="disk"))[1])
+    assert torch.equal(*results)
+
+
 def test_an_offloaded_prompt_is_written_once_and_read_by_a_further_one_alone(tiny):
     context = Context(tiny, 500, SMALL, offload=dict(store="host"))
     token = 2 * tiny.config.layers * tiny.config.kv_heads * tiny.config.head_size * 4  # bytes
@@ -517,6 +1074,43 @@ def test_sampling_is_repeatable_and_ends_at_an_end_token(tiny):
     assert answer(eos={tokens[7]}) == tokens[: tokens.index(tokens[7])]
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-38, 1e-10])
+def test_a_temperature_near_zero_takes_the_likeliest_token(tiny, temperature):
+    def answer(temperature):
+        return list(llama.generate(*read(tiny, some_tokens(50), SMALL), 20, set(), temperature))
+
+    assert answer(temperature) == answer(0.0)
+
+
+def test_a_temperature_without_bound_takes_any_token(tiny):
+    for temperature in (1e30, 1e308):
+        tokens = list(llama.generate(*read(tiny, some_tokens(50), SMALL), 30, set(), temperature))
+        assert len({*tokens}) > 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [[], ["--temperature", 1]])
+def test_scores_that_are_no_numbers_are_refused_and_nothing_is_printed(run, tmp_path, folder, value, options):
+    shutil.copytree(folder, tmp_path / "bad")
+    rewrite(tmp_path / "bad/model.safetensors", lambda t: t["lm_head.weight"][7].fill_(value))
+    status, out, err = run("--prompt", "the", "--model", tmp_path / "bad", *options)
+    assert (status, out) == (2, "") and "scores of the next token are NaN or infinite" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", [dict(top_k=2**40), dict(decode_factor=2**30), dict(dense_tail=2**40)])
+@pytest.mark.parametrize("clip", [None, 2**40])
+def test_to_choose_more_than_all_is_to_choose_all(tiny, change, clip):
+    def run(**change):
+        context, hidden = read(
+            tiny, some_tokens(150), HiPConfig(**vars(SMALL) | dict(rope_clip=clip) | change)
+        )
+        return torch.cat([hidden, *decode(context, 9)], 1)
+
+    enough = {name: 512 if name != "decode_factor" else 16 for name in change}
+    close(run(**change), run(**enough))
+    assert clip is None or torch.equal(run(**change), run(**change | dict(rope_clip=2**20)))
+
+
 # --- the command line --------------------------------------------------------------------------------------
 
 
@@ -547,6 +1141,24 @@ BAD = {
     "--prefill-chunk must be a multiple of 64, not 100": ["--prompt", "a", "--prefill-chunk", 100],
     "--max-new-tokens must be at least 1": ["--prompt", "a", "--max-new-tokens", 0],
     "--temperature must be": ["--prompt", "a", "--temperature", "nan"],
+    "--top-k must be at most 2147483647": ["--prompt", "a", "--top-k", 2**70],
+    "--sink must be at most 2147483647": ["--prompt", "a", "--sink", 2**31],
+    "--window must be at most 2147483647": ["--prompt", "a", "--window", 10**30],
+    "--rope-clip must be at most 2147483647": ["--prompt", "a", "--rope-clip", 2**62],
+    "--block-k must be at most 65536": ["--prompt", "a", "--block-k", 2**30, "--top-k", 2**30],
+    "--block-q must be at most 65536": ["--prompt", "a", "--block-q", 2**30, "--prefill-chunk", 2**30],
+    "--make-passkey must be at most": ["--make-passkey", 2**64],
+    "needs 453347182355485.9 GB": ["--prompt", "abcdefgh" * 20, "--max-new-tokens", 2**70],
+    "--temperature must be 0 or more, not inf": ["--prompt", "a", "--temperature", "1e400"],
+    "--seed must be from 0": ["--prompt", "a", "--seed", 2**63],
+    "invalid float": ["--prompt", "a", "--temperature", "hot"],
+    "--prompt must not be empty": ["--prompt", " \n"],
+    "--max-new-tokens: invalid int": ["--prompt", "a", "--max-new-tokens", "1e3"],
+    "--device: expected one argument": ["--prompt", "a", "--device"],
+    "sink must be a whole number of at least 0": ["--prompt", "a", "--sink", -1],
+    "decode_factor must be a power of two": ["--prompt", "a", "--decode-factor", 3],
+    "stride_q must be a divisor of block_q=64": ["--prompt", "a", "--stride-q", 128],
+    "the model must be a .gguf file": ["--prompt", "a", "--model", command.__file__],
     "--seed must be": ["--prompt", "a", "--seed", -1],
     "--passkey-depth": ["--make-passkey", 9, "--passkey-depth", 2],
     "--make-passkey needs at least": ["--make-passkey", 9],
@@ -593,10 +1205,111 @@ def test_bad_input_is_one_line_and_status_2(run, words):
     assert (status, out, len(err)) == (2, "", 1) and words in err[0] and err[0].startswith("generate.py: ")
 
 
+GOOD = [  # with --prompt "the cat" and two new tokens
+    [],
+    ["--help"],
+    ["--raw", "--json"],
+    ["--temperature", 1e-320],
+    ["--temperature", 1e308, "--seed", 2**63 - 1],
+    ["--top-k", 2**30],
+    ["--block-q", 1, "--stride-q", 1],
+    ["--block-k", 1, "--stride-k", 1],
+    ["--block-q", 2**16, "--block-k", 2**16, "--top-k", 2**16, "--prefill-chunk", 2**16],
+    ["--sink", 0, "--window", 1, "--dense-tail", 0, "--no-memory"],
+    ["--sink", 2**31 - 1, "--window", 2**31 - 1, "--dense-tail", 2**31 - 1, "--dense-layers", 2**31 - 1],
+    ["--refresh-interval", 2**31 - 1, "--decode-factor", 2**30],
+    ["--rope-clip", 2**31 - 1],
+    ["--rope-clip", 1],
+    ["--rope-clip", "off"],
+    ["--attention", "dense", "--dtype", "float16"],
+    ["--attention", "streaming", "--window", 2**31 - 1, "--top-k", 2**30],
+    ["--offload", "host", "--resident-tokens", 2**31 - 1],
+    ["--offload", "disk", "--rope-clip", 3],
+    ["--prefill-chunk", 2**31 - 64],
+    ["--score", "max", "--per-head", "--representative", "first", "--dtype", "bfloat16"],
+]
+
+
+@pytest.mark.parametrize("line", GOOD, ids=lambda line: " ".join(map(str, line)))
+def test_what_may_be_asked_for_ends_with_status_0(run, line):
+    status, out, err = run("--prompt", "the cat", "--max-new-tokens", 2, *line)
+    assert status == 0 and out.strip() and "Traceback" not in err and "inf" not in err and "nan" not in err
+
+
 def test_a_prompt_file_that_is_no_text_is_refused(run, tmp_path):
     (tmp_path / "prompt").write_bytes(b"good \xff bad")
     status, out, err = run("--prompt-file", tmp_path / "prompt")
     assert (status, out, err.count("\n")) == (2, "", 1) and "prompt must be UTF-8 text" in err
+
+
+def test_lengths_beyond_the_text_take_no_memory(run):
+    _, answer, _ = run("--prompt", "the cat", "--max-new-tokens", 5)
+    for name in ("top-k", "decode-factor", "dense-tail", "window", "sink", "rope-clip", "prefill-chunk"):
+        assert run("--prompt", "the cat", "--max-new-tokens", 5, f"--{name}", 2**30)[:2] == (0, answer)
+
+
+def test_memory_that_the_allocator_refuses_is_one_line(run, monkeypatch):
+    def refuse(*_):
+        torch.empty(2**60)
+
+    for error in ("prefill", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, error, refuse)
+            status, out, err = run("--prompt", "the")
+            assert status == 2 and "generate.py: [enforce fail" in err and "memory" in err.splitlines()[-1]
+
+
+def test_a_byte_order_mark_is_no_token(run, tmp_path, folder, monkeypatch):
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfthe cat")
+    _, text, plain = run("--prompt", "the cat", "--max-new-tokens", 3)
+    status, same, err = run("--prompt-file", tmp_path / "marked", "--max-new-tokens", 3)
+    assert (status, same) == (0, text) and err.split(" tokens")[0] == plain.split(" tokens")[0]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=(tmp_path / "marked").open("rb")))
+    assert run("--prompt-file", "-", "--max-new-tokens", 3)[:2] == (0, text)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf")
+    assert "must not be empty" in run("--prompt-file", tmp_path / "marked")[2]
+    shutil.copytree(folder, tmp_path / "model")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    (tmp_path / "model/chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0]['content'] }}")
+    assert load(str(tmp_path / "model"))[1].encode("the cat", chat=True) == load(str(folder))[1].encode(
+        "the cat"
+    )
+
+
+SHELL = {  # a command line of bash in which G is generate.py with the tiny model: status, last line of stderr
+    "G --prompt-file - <&-": (2, "standard input is closed"),
+    "G --prompt a --max-new-tokens 3 >&-": (0, "new ones"),
+    "G --prompt a --max-new-tokens 3 >&- 2>&-": (0, ""),
+    "G --prompt a --max-new-tokens 3 2>&-": (0, ""),
+    "G --prompt '' 2>&-": (2, ""),
+    "G --prompt a >/dev/full": (2, "No space left"),
+    "G --help": (0, ""),
+    "G --make-passkey 300 | true; exit ${PIPESTATUS[0]}": (0, None),
+    "G --prompt a --offload disk --offload-dir /proc": (2, "cannot be had in /proc"),
+    "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 G --prompt-file $FOLDER/p --chat --max-new-tokens 1": (
+        0,
+        "new",
+    ),
+    "PYTHONIOENCODING=ascii G --model $FOLDER/東 --prompt a --max-new-tokens 9 --temperature 9": (
+        0,
+        "new ones",
+    ),
+}
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_what_a_shell_may_do_to_the_command_ends_with_the_promised_status(tmp_path, folder, line):
+    shutil.copytree(folder, tmp_path / "東")
+    for name, text in (("p", "東京 🎉 ha"), ("東/chat_template.jinja", "東{{ messages[0]['content'] }}")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    code = f'G() {{ "{sys.executable}" "{command.__file__}" --model "{tmp_path / "東"}" "$@"; }}\n{line}'
+    shell = dict(os.environ, FOLDER=str(tmp_path), OMP_NUM_THREADS="1")
+    done = subprocess.run(["bash", "-c", code], capture_output=True, env=shell, timeout=100)
+    status, words = SHELL[line]
+    err = done.stderr.decode().split("\r")[-1].strip().splitlines()
+    assert done.returncode == status and "Traceback" not in done.stderr.decode()
+    assert words is None or ("".join(err[-1:]) == "" if words == "" else words in err[-1])
 
 
 def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(run, monkeypatch):
