@@ -122,7 +122,10 @@ class Llama:
         return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) to hidden states (B, T, C)."""
+        """Tokens (B, T) to hidden states (B, T, C); ValueError for one that the vocabulary does not have."""
+        low, high, last = *map(int, tokens.aminmax()), self.config.vocabulary - 1
+        if not 0 <= low <= high <= last:
+            raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
         return F.embedding(tokens, self.weights["embed_tokens.weight"])
 
     def qkv(self, layer: int, x: Tensor, rope: hip.Rope | None) -> list[Tensor]:
@@ -232,7 +235,7 @@ class Context:
         cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
         if chunk < 1 or chunk % cfg.block_q:
             raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
-        with self.reading(tokens):
+        with self.reading(tokens) as x:
             unit = max(cfg.block_q, hip.PIECE * (1 if model.device.type == "cpu" else 8))
             chunk = T if self.method == "dense" else -(-chunk // unit) * unit
             body = max(0, T - cfg.dense_tail) if self.method == "hip" else T
@@ -240,7 +243,7 @@ class Context:
             if len(pieces) > 1 and body - pieces[-1][0] < cfg.block_q:  # no query block, but a part of one
                 pieces[-2:] = [(pieces[-2][0], body)]
             pieces += [(body, T)] * (body < T)
-            x, rope = model.embed(tokens), model.rope(self.length, end) if self.clipped is None else None
+            rope = model.rope(self.length, end) if self.clipped is None else None
             for layer in range(model.config.layers):
                 past, last = self.room(layer, end), None
                 for start, stop in pieces:
@@ -272,8 +275,8 @@ class Context:
         model, end = self.model, self.length + 1
         if tokens.shape[1] != 1:
             raise ValueError(f"decoding reads one token at a time, not {tokens.shape[1]}")
-        with self.reading(tokens):
-            x, rope = model.embed(tokens), model.rope(self.length, end) if self.clipped is None else None
+        with self.reading(tokens) as x:
+            rope = model.rope(self.length, end) if self.clipped is None else None
             for layer in range(model.config.layers):
                 q, *new = model.qkv(layer, x, rope)
                 if self.cache:
@@ -289,19 +292,19 @@ class Context:
             return model.norm("norm", x)
 
     @contextlib.contextmanager
-    def reading(self, tokens: Tensor) -> Iterator[None]:
-        """Around a call that reads tokens (B, T): afterwards all are in every layer, or no more can come."""
+    def reading(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Around a call that reads tokens (B, T), with their hidden states (B, T, C).
+
+        Afterwards all are in every layer, or no more can come.
+        """
         if not self.whole:
             raise ValueError("a call was cut short, so the cache is half-written: open another context")
         room, T = self.capacity - self.length, tokens.shape[1]
         if not 1 <= T <= room:
             raise ValueError(f"the context of {self.capacity} tokens has room for {room} more, not for {T}")
-        low, high, last = *map(int, tokens.aminmax()), self.model.config.vocabulary - 1
-        if not 0 <= low <= high <= last:
-            raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
-        self.whole = False
+        x, self.whole = self.model.embed(tokens), False
         with torch.autocast(self.model.device.type, enabled=False):  # whatever the caller has switched on
-            yield
+            yield x
         self.whole, self.length = True, self.length + T
 
     def room(self, layer: int, end: int) -> list[Tensor]:
