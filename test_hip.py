@@ -987,6 +987,17 @@ def test_hip_triton_has_the_signatures_of_the_reference(kernels):
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(hip, name))
 
 
+@pytest.mark.parametrize("Tq", [1, 40])  # of few query blocks keys are taken from where they are, else copied
+@pytest.mark.parametrize("score", ["max", "mass"])
+def test_every_nth_key_of_a_block_takes_part_in_full_precision(run, score, Tq):
+    cfg = replace(SMALL, top_k=32, block_k=8, stride_k=4, window=5, score=score)
+    for number in range(3):
+        case = Case(1, 2, 1, Tq, 150, 32, "normal", torch.float32, number, cfg, scale=1e-6)
+        case.k *= 1e5  # more than 16 bits can hold
+        selection = run.select(case)
+        assert_chosen(selection, case, lambda block, found, case=case: search(case, block, [], found))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (4, 2)], ids=str)
 @pytest.mark.parametrize("blocks", [0, 1, 4, 5, 8, 9])
 def test_the_last_query_block_on_the_edges_of_its_domain(run, heads, blocks):
