@@ -307,8 +307,8 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
      "for part in every.split(2 * M, 1)]",
      "for part in (lambda p: [p[0]] + [x if n % 2 else x - 2 * M for n, x in enumerate(p[1:], 1)])(every.split(2 * M, 1))]"),  # noqa: E501
     ("random blocks: the later are likelier",
-     "scores = torch.rand(every.shape",
-     "scores = (lambda x: x + torch.arange(x.shape[1], device=x.device) * 0.02)(torch.rand(every.shape"),
+     "best_of(every, scores, M).int().view(len(q), S, len(hi), M)",
+     "best_of(every, scores + torch.arange(every.shape[1]) * 0.02, M).int().view(len(q), S, len(hi), M)"),
     ("random blocks in the default dtype",
      "generator=generator, dtype=torch.float32, device=q.device)", "generator=generator, device=q.device)"),
     ("dense: without the scale",
