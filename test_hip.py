@@ -987,6 +987,14 @@ def test_hip_triton_has_the_signatures_of_the_reference(kernels):
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(hip, name))
 
 
+def test_the_search_keeps_nothing_for_gradients():
+    case, kept = Case(1, 2, 1, 40, 150, 8, "normal", torch.float32, 0, SMALL), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
+        hip.select_blocks(case.q.requires_grad_(), case.k.requires_grad_(), SMALL)
+        hip.oracle_blocks(case.q, case.k, SMALL)
+    assert not kept
+
+
 @pytest.mark.parametrize("Tq", [1, 40])  # of few query blocks keys are taken from where they are, else copied
 @pytest.mark.parametrize("score", ["max", "mass"])
 def test_every_nth_key_of_a_block_takes_part_in_full_precision(run, score, Tq):
