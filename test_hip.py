@@ -1004,6 +1004,10 @@ def test_every_nth_key_of_a_block_takes_part_in_full_precision(run, score, Tq):
         case.k *= 1e5  # more than 16 bits can hold
         selection = run.select(case)
         assert_chosen(selection, case, lambda block, found, case=case: search(case, block, [], found))
+        if Tq == 1:
+            cache = run.module.OffloadedKVCache((1, 1, 1, 150, 32), 2, cfg, torch.float32, DEVICE)
+            cache.append(0, *to(DEVICE, (case.k, case.v)))
+            assert torch.equal(run.select(case, k=cache.layer(0)).blocks, selection.blocks)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (4, 2)], ids=str)
