@@ -385,9 +385,8 @@ def query_blocks(q, keys: Rows | Pages, i: slice, S: int, cfg, *, stride=1, scal
     (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, keys.shape
     R = min(cfg.block_q, Tq)
     inside = torch.arange(0, R, stride, device=q.device)
-    row = (
-        torch.arange(i.start * R, i.stop * R, R, device=q.device)[:, None] + inside
-    )  # (query blocks, rows of a head)
+    # (query blocks, rows of a head)
+    row = torch.arange(i.start * R, i.stop * R, R, device=q.device)[:, None] + inside
     b_q = q[:, :, row.clamp(max=Tq - 1)].float()  # (B, H, query blocks, rows of a head, D)
     if keys.rope is not None:  # a query block begins at position rope_clip (`rotated`)
         b_q = rotate(b_q, *(y[cfg.rope_clip + inside] for y in keys.rope))

@@ -213,6 +213,10 @@ class Context:
         except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes beyond 64 bits
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
+        if method == "streaming":
+            self.cfg, self.decoding = (
+                replace(x, window=x.window + x.top_k) for x in (self.cfg, self.decoding)
+            )
         rows = (cfg.rope_clip or 0) + max(cfg.block_q, cfg.dense_tail)
         self.clipped = model.rope(0, rows) if cfg.rope_clip else None  # the rotary table
         self.steps = 0  # decoding steps since the prompt
@@ -345,7 +349,6 @@ class Context:
             previous = selection if cfg.memory else None
             selection = self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
         elif self.method == "streaming":
-            cfg = replace(cfg, window=cfg.window + cfg.top_k)
             selection = hip.no_blocks(q, k.shape, cfg)
         if unit == 0:
             self.selection[layer] = selection

@@ -27,7 +27,7 @@ import functools
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -62,26 +62,29 @@ def register() -> None:
     transformers.PreTrainedConfig.hip = property(get_hip, set_hip, delete_hip)
 
 
-def get_hip(config: transformers.PreTrainedConfig) -> HiPConfig | None:
-    """`config.hip`, which is kept as a dict of fields, for that can be printed and saved."""
-    if "hip" not in vars(config):
-        raise AttributeError("hip")
-    cfg = vars(config)["hip"]
+def checked(cfg: HiPConfig | dict | None, make: Callable) -> HiPConfig | None:
+    """What `config.hip` stands for, made by HiPConfig or `remembered`.  ValueError for what it cannot be."""
     try:
-        return cfg if cfg is None or isinstance(cfg, HiPConfig) else HiPConfig(**cfg)
+        return cfg if cfg is None or isinstance(cfg, HiPConfig) else make(**cfg)
     except TypeError as error:
         raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}") from error
 
 
+# asked for by every layer at every step
+remembered = functools.lru_cache(typed=True)(HiPConfig)
+
+
+def get_hip(config: transformers.PreTrainedConfig) -> HiPConfig | None:
+    """`config.hip`, which is kept as a dict of fields, for that can be printed and saved."""
+    if "hip" not in vars(config):
+        raise AttributeError("hip")
+    return checked(vars(config)["hip"], remembered)
+
+
 def set_hip(config: transformers.PreTrainedConfig, cfg: HiPConfig | dict | None) -> None:
     """Of a model, and of the models that it is made of: attention knows the config of its own alone."""
-    old = vars(config).get("hip")
+    checked(cfg, HiPConfig)
     vars(config)["hip"] = dict(vars(cfg)) if isinstance(cfg, HiPConfig) else cfg
-    try:
-        get_hip(config)
-    except ValueError:
-        vars(config)["hip"] = old
-        raise
     for part in vars(config).values():
         if isinstance(part, transformers.PreTrainedConfig):
             part.hip = cfg

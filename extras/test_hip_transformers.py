@@ -56,22 +56,15 @@ hip_transformers.register()
 settings.register_profile("hip", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("hip")
 COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens and more
-SMALL = HiPConfig(
-    top_k=32,
-    block_k=8,
-    block_q=16,
-    stride_k=2,
-    window=16,
-    sink=4,
-    dense_tail=5,
-    refresh_interval=4,
-    decode_factor=1,  # so that little is wanted near
-)
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 def changed(cfg, **fields):
     return HiPConfig(**vars(cfg) | fields)
+
+
+# decodes no wider than it reads, so that little is wanted near
+SMALL = changed(COVERS, top_k=32, stride_k=2, dense_tail=5, refresh_interval=4, decode_factor=1)
 
 
 def change(thing, **fields):
