@@ -329,7 +329,7 @@ def sparse_attention(
     check_selection(selection, "selection", B, (keys.shape[1], H), NQ, bk)
     out = q.new_empty(B, S, H // S, NQ, rows, D)
     dtype = torch.promote_types(q.dtype, torch.bfloat16)  # not float16, in which scores overflow on a CPU
-    for i in runs(NQ, B * S, cfg):
+    for i in runs(NQ, B * S, cfg, q.device):
         x = query_blocks(q, keys, i, S, cfg, scale=scale)
         chosen = of_run(blocks, i)  # (G, M)
         chosen = chosen[:, (chosen >= 0).any(0)]  # what is padding for all need not be gathered
@@ -370,12 +370,17 @@ class QueryBlocks(NamedTuple):
     seen: Tensor | None = None  # and (G, R), `seen_anyway`
 
 
-def runs(NQ: int, heads: int, cfg: HiPConfig) -> list[slice]:
+def gathered(device: torch.device | str) -> int:
+    """Keys that are gathered at a time, unless one query block needs more."""
+    return GATHERED if torch.device(device).type == "cpu" else 64 * GATHERED  # a GPU wants few launches
+
+
+def runs(NQ: int, heads: int, cfg: HiPConfig, device: torch.device | str) -> list[slice]:
     """NQ query blocks, so many at a time that the keys which they look at, for so many heads, fit the cache.
 
     Powers of two, so that a prompt read in pieces of any multiple of PIECE queries has the same runs.
     """
-    size = GATHERED // (heads * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q))
+    size = gathered(device) // (heads * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q))
     size = 1 << max(1, min(size, PIECE // cfg.block_q)).bit_length() - 1
     return [slice(start, min(NQ, start + size)) for start in range(0, NQ, size)]
 
@@ -399,7 +404,7 @@ def query_blocks(q, keys: Rows | Pages, i: slice, S: int, cfg, *, stride=1, scal
 def searching_blocks(q, keys: Rows | Pages, cfg, scale) -> Iterator[tuple[slice, QueryBlocks]]:
     """Which query blocks have something to choose, some at a time, with what a search needs to know."""
     (lo, hi), S = domain(q.shape[2], keys.shape[2], cfg, q.device), searches(q, keys, cfg)
-    for i in runs(len(hi), len(q) * S, cfg):
+    for i in runs(len(hi), len(q) * S, cfg, q.device):
         if int(hi[i].max()) > lo:  # else sink and window cover everything
             x = query_blocks(q, keys, i, S, cfg, stride=cfg.stride_q, scale=scale)
             x = x._replace(hi=hi[i].repeat_interleave(len(q) * S))
@@ -486,7 +491,8 @@ def oracle_blocks(
     thin = keys.thin(cfg.stride_k, copy=True)
     for i, x in searching_blocks(q, keys, cfg, scale):
         every = torch.arange(lo, lo + max(M, int(x.hi.max()) - lo), device=q.device).expand(len(x.q), -1)
-        scores = torch.cat([score_blocks(x, thin, part, cfg) for part in every.split(2 * M, 1)], 1)
+        part = max(1, gathered(q.device) // (len(x.q) * cfg.block_k // cfg.stride_k))
+        scores = torch.cat([score_blocks(x, thin, some, cfg) for some in every.split(part, 1)], 1)
         found = best_of(every.where(every < x.hi[:, None], NO_BLOCK), scores, M)
         chosen[:, :, i] = found.int().view(-1, len(q), S, M).movedim(0, 2)
     return Selection(chosen, hi * cfg.block_k)
@@ -551,7 +557,7 @@ def count_scores(
         last = (first[i] + (R - 1) // stride * stride).clamp(max=Tk - 1)
         return bk * (min(lo, -(-Tk // bk)) + max(0, int((last // bk + 1 - start[i] // bk).max())))
 
-    for i in runs(NQ, B * S, cfg):
+    for i in runs(NQ, B * S, cfg, selection.blocks.device):
         chosen, n = int((blocks[:, :, i] >= 0).flatten(0, 2).any(0).sum()), int(hi[i].max()) - lo
         total += (i.stop - i.start) * R * (bk * chosen + always(i, start, 1))
         if searched and n > 0:
@@ -568,8 +574,11 @@ def count_scores(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of (..., D), float32: the halves of a head are the coordinates of D / 2 points."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x.chunk(2, -1)
+    out = x.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)  # (..., 2, D / 2): few passes over much memory
+    out[..., 0, :].addcmul_(b, sin, value=-1)
+    out[..., 1, :].addcmul_(a, sin)
+    return out.flatten(-2)
 
 
 def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
@@ -609,8 +618,7 @@ def check(q: Tensor, kv: tuple, scale: float | None = None) -> None:
         raise ValueError(f"k and v must have one shape, not {tuple(kv[0].shape)} and {tuple(kv[1].shape)}")
 
 
-def source(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope | None) -> Rows | Pages:
-    """Where the rows of k (and v) are taken from, when all is checked."""
+def check_call(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope | None) -> None:
     check(q, kv, scale)
     if (rope is None) != (cfg.rope_clip is None):
         raise ValueError(f"rope must be given with rope_clip, and only then; that is {cfg.rope_clip} here")
@@ -621,14 +629,20 @@ def source(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope
         if (x.dtype, x.device) != (torch.float32, q.device):
             raise ValueError(f"rope must be float32 on {q.device} like q, not {x.dtype} on {x.device}")
     if not isinstance(kv[0], Pages):
-        return Rows(kv, cfg.block_k, rope)
+        return
     block, stride = kv[0].banks[1].keys, kv[0].banks[0].stride
     if (q.shape[2], cfg.block_k, cfg.stride_k) != (1, block, stride):
         raise ValueError(
             f"an offloaded cache is for single queries with key blocks of {block} and stride_k {stride}, not "
             f"for {q.shape[2]} queries, blocks of {cfg.block_k} and stride_k {cfg.stride_k}"
         )
-    return replace(kv[0], parts=len(kv), rope=rope)
+
+
+def source(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope | None) -> Rows | Pages:
+    """Where the rows of k (and v) are taken from, when all is checked."""
+    check_call(q, kv, cfg, scale, rope)
+    pages = isinstance(kv[0], Pages)
+    return replace(kv[0], parts=len(kv), rope=rope) if pages else Rows(kv, cfg.block_k, rope)
 
 
 def check_selection(selection: Selection, name: str, B: int, S: tuple[int, ...], NQ: int, block: int = 1):

@@ -8,6 +8,7 @@ Read hip.py first; it says what is computed and why.  This file says how a GPU d
     split_kernel      the same for decoding, where there are few queries: programs share out the tokens ...
     merge_kernel      ... and this one adds up their parts
     copy_kernel       brings pages of an offloaded cache in
+    fill_kernel       rotates what a model has projected, and writes keys and values to its cache
 
 All rows of a query block, `block_q` queries of each head of its group, share the keys that are gathered.
 
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +49,16 @@ INF = tl.constexpr(math.inf)
 PAIRS = tl.constexpr(8192)  # comparisons that `before` and `best` have in registers at once
 
 
+class Begun(NamedTuple):
+    """The first tokens of a cache, in place of k or of v for a single query: how many, is read on the device.
+
+    So a decoding step is the same for any number, and can be recorded as a CUDA graph.
+    """
+
+    rows: Tensor  # (B, Hkv, tokens, D)
+    length: Tensor  # (1,) int64, at least 1
+
+
 # --- scores ------------------------------------------------------------------------------------------------
 
 
@@ -54,6 +66,14 @@ PAIRS = tl.constexpr(8192)  # comparisons that `before` and `best` have in regis
 def head(p, s, i_b, i_h):
     """Where a head of a (B, H, T, D) tensor begins."""
     return p + i_b.to(tl.int64) * s[0] + i_h.to(tl.int64) * s[1]
+
+
+@triton.jit
+def tokens_of(p_length, Tk):
+    """How many tokens there are: Tk, unless that is to be read on the device."""
+    if p_length is not None:
+        Tk = tl.load(p_length).to(tl.int32)
+    return Tk
 
 
 @triton.jit
@@ -199,6 +219,7 @@ def search_kernel(
     p_previous,
     p_blocks,
     p_start,
+    p_length,
     table,
     s_q,
     s_k,
@@ -235,6 +256,7 @@ def search_kernel(
     """
     i_n, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_g = (i_b * tl.num_programs(1) + i_s).to(tl.int64) * tl.num_programs(0) + i_n
+    Tk = tokens_of(p_length, Tk)
     start = Tk - Tq + i_n * BLOCK_Q  # position of the block's first query
     hi = tl.maximum((start - WINDOW + 1) // BLOCK_K, LO)
     tl.store(p_start + i_n, hi.to(tl.int64) * BLOCK_K)  # the same from all searches
@@ -315,17 +337,25 @@ def select_blocks(
 ) -> Selection:
     """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`.
 
+    k may be a `Begun`, too, and so may k and v of `sparse_attention`.
     Of an offloaded cache it reads the keys in the store.  hip.py searches where the device cannot reach that,
     and for a group of so many rows that they do not fit.
     """
-    keys = hip.source(q, (k,), cfg, scale, rope)
+    k, length = k if isinstance(k, Begun) else (k, None)
+    hip.check_call(q, (k,), cfg, scale, rope)
     check_device(q, previous or (), "previous")
-    (B, H, Tq, D), (_, Hkv, Tk, _), S = q.shape, keys.shape, hip.searches(q, keys, cfg)
+    check_length(q, length)
+    (B, H, Tq, D), (_, Hkv, Tk, _), S = q.shape, k.shape, hip.searches(q, k, cfg)
     NQ, group = -(-Tq // cfg.block_q), (cfg, H // S, S // Hkv, D, q.dtype)
     constants = search_constants(*group, min(Tq, cfg.block_q))
     if previous is not None:
         hip.check_selection(previous, "previous", B, (S,), NQ)
-    if constants["ROWS"] * D > MOST_QUERIES or isinstance(k, Pages) and not reachable(k.store[0], q.device):
+    if (
+        length is None
+        and constants["ROWS"] * D > MOST_QUERIES
+        or isinstance(k, Pages)
+        and not reachable(k.store[0], q.device)
+    ):
         return hip.select_blocks(q, k, cfg, previous, scale=scale, rope=rope)
     if isinstance(k, Pages):
         k = k.store[0][:, :, :Tk]
@@ -335,7 +365,9 @@ def select_blocks(
     scale = (D**-0.5 if scale is None else scale) / (math.log(2) if cfg.score == "mass" else 1)
     sizes = q.stride(), k.stride(), Tq, Tk, old.shape[3], scale
     with torch.cuda.device_of(q):
-        search_kernel[NQ, S, B](q, k, old, blocks, start, table(rope), *sizes, OFFSET=offset(k), **constants)
+        search_kernel[NQ, S, B](
+            q, k, old, blocks, start, length, table(rope), *sizes, OFFSET=offset(k), **constants
+        )
     return Selection(blocks, start)
 
 
@@ -487,6 +519,7 @@ def split_kernel(
     p_start,
     p_part,
     p_stat,
+    p_length,
     table,
     paged,
     s_q,
@@ -516,6 +549,7 @@ def split_kernel(
     i_p, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_k, i_g = i_s // SHARED, (i_b * tl.num_programs(1) + i_s).to(tl.int64)
     p_blocks += i_g * M
+    Tk = tokens_of(p_length, Tk)
 
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, triton.next_power_of_2(D))
     o_h, o_row = o_r // Tq, o_r % Tq
@@ -573,20 +607,22 @@ def sparse_attention(
 
     A window may begin anywhere, not only with a block: the host would have to wait to find that out.
     """
-    keys = hip.source(q, (k, v), cfg, scale, rope)
+    (k, length), v = (k, v.rows) if isinstance(k, Begun) else ((k, None), v)
+    hip.check_call(q, (k, v), cfg, scale, rope)
     check_device(q, selection, "selection")
-    (B, H, Tq, D), Hkv, Tk, NQ = q.shape, *keys.shape[1:3], -(-q.shape[2] // cfg.block_q)
+    check_length(q, length)
+    (B, H, Tq, D), Hkv, Tk, NQ = q.shape, *k.shape[1:3], -(-q.shape[2] // cfg.block_q)
     hip.check_selection(selection, "selection", B, (Hkv, H), NQ)
     paged, lost = None, None
-    if isinstance(keys, Pages):
-        k, v, paged, lost = resident(keys, selection, cfg)
+    if isinstance(k, Pages):
+        k, v, paged, lost = resident(k, selection, cfg)
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
     o, S, M = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device), *blocks.shape[1::2]
     scale = (D**-0.5 if scale is None else scale) / math.log(2)  # for powers of two
     more = q.stride(), k.stride(), v.stride(), Tq, Tk, scale
     sizes, OFFSET = (cfg, H // S, S // Hkv, D, q.dtype, M), offset(k, v)
     with torch.cuda.device_of(q):
-        if NQ > 1 or H // S * Tq > SPLIT_ROWS and paged is None:
+        if NQ > 1 or H // S * Tq > SPLIT_ROWS and paged is None and length is None:
             constants = attention_constants(*sizes)
             grid = NQ * -(-H // S * cfg.block_q // constants["ROWS"]), S, B
             attention_kernel[grid](q, k, v, blocks, start, o, table(rope), *more, OFFSET=OFFSET, **constants)
@@ -594,7 +630,10 @@ def sparse_attention(
             most = M * cfg.block_k + cfg.sink + cfg.window + 2 * cfg.block_k
             shape = B, H, Tq, min(MOST_PARTS, -(-most // SPLIT_TOKENS))
             part, stat = (torch.empty(*shape, n, dtype=torch.float32, device=q.device) for n in (D, 2))
-            arguments, constants = (part, stat, table(rope), paged, *more), split_constants(*sizes, Tq)
+            arguments, constants = (
+                (part, stat, length, table(rope), paged, *more),
+                split_constants(*sizes, Tq),
+            )
             split_kernel[shape[3], S, B](q, k, v, blocks, start, *arguments, OFFSET=OFFSET, **constants)
             merge_kernel[(B * H * Tq,)](part, stat, o, D=D, PARTS=shape[3])
     return o if lost is None else o.masked_fill_(lost, math.nan)
@@ -613,6 +652,66 @@ def hip_attention(
     """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
     selection = select_blocks(q, k, cfg, scale=scale, rope=rope) if selection is None else selection
     return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
+
+
+# --- the model ---------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["T"])
+def fill_kernel(
+    p_h,
+    p_q,
+    p_k,
+    p_v,
+    p_length,
+    table,
+    s_h,
+    s_q,
+    s_k,
+    s_v,
+    T,
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Heads of a projection to where they belong, queries and keys rotated.  Equals model.fill.
+
+    Grid (T / ROWS, H + 2 * HKV, B); a program owns ROWS tokens of one head.  p_h: (B, H + 2 * HKV, T, D).
+    With p_length keys and values are one token, number `length` - 1 of theirs.  table: cos and sin, of
+    (T, D / 2) each, or None.  p_q, p_k, p_v: stride 1 in D.  Masks: m_t tokens that exist, the padding of D.
+    """
+    i_t, i_x, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_t = i_t * ROWS + tl.arange(0, ROWS)
+    m_t, o_at, one = o_t < T, tl.where(i_x < H + HKV, o_t + 1, 0), tl.full([], 1, tl.int64)
+    if table is not None:  # row 0, where `load_rows` turns nothing, stands for the values, and is not there
+        table = table[0] - D // 2, table[1] - D // 2
+    b_x = load_rows(head(p_h, s_h, i_b, i_x), s_h[3], o_t * s_h[2], m_t, table, o_at, D)
+    first = one - 1
+    if p_length is not None:
+        first += tl.load(p_length) - 1
+    if i_x < H:
+        p_to, s_t = head(p_q, s_q, i_b, i_x), one * s_q[2]
+    elif i_x < H + HKV:
+        p_to, s_t = head(p_k, s_k, i_b, i_x - H) + first * s_k[2], one * s_k[2]
+    else:
+        p_to, s_t = head(p_v, s_v, i_b, i_x - H - HKV) + first * s_v[2], one * s_v[2]
+    SIZE: tl.constexpr = D // len(b_x)  # of a part
+    o_d = tl.arange(0, b_x[0].shape[1])
+    for i in tl.static_range(len(b_x)):
+        p = p_to + (o_t * s_t)[:, None] + (i * SIZE + o_d)[None, :]
+        tl.store(p, b_x[i], mask=m_t[:, None] & (o_d < SIZE)[None, :])
+
+
+def fill(h: Tensor, rope: Rope | None, q: Tensor, k: Tensor | Begun, v: Tensor | Begun) -> None:
+    """model.fill in one launch; a single token is the last one of k and v that are `Begun`."""
+    (k, length), v = (k, v.rows) if isinstance(k, Begun) else ((k, None), v)
+    B, heads, T, D = h.shape
+    ROWS = min(32, triton.next_power_of_2(T))
+    strides, sizes = (x.stride() for x in (h, q, k, v)), dict(H=q.shape[1], HKV=k.shape[1], D=D, ROWS=ROWS)
+    with torch.cuda.device_of(h):
+        grid = triton.cdiv(T, ROWS), heads, B
+        fill_kernel[grid](h, q, k, v, length, table(rope), *strides, T, **sizes)
 
 
 # --- the offloaded cache -----------------------------------------------------------------------------------
@@ -777,3 +876,11 @@ def check_device(q: Tensor, selection: Selection | tuple = (), name: str = "") -
     for part in selection:
         if part.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, not on {part.device}")
+
+
+def check_length(q: Tensor, length: Tensor | None) -> None:
+    if length is None:
+        return
+    if q.shape[2] != 1 or length.shape != (1,) or (length.dtype, length.device) != (torch.int64, q.device):
+        got = f"{tuple(length.shape)} {length.dtype} on {length.device} for {q.shape[2]}"
+        raise ValueError(f"length must be (1,) torch.int64 on {q.device} for a single query, not {got}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,9 @@ from hip import HiPConfig, Selection
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
 METHODS = ("hip", "dense", "streaming")
+JOINT = dict(
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mlp=("mlp.gate_proj", "mlp.up_proj")
+)
 SIZES = dict(  # of ModelConfig: names in config.json and in GGUF headers
     width=("hidden_size", "embedding_length"),
     layers=("num_hidden_layers", "block_count"),
@@ -114,9 +118,19 @@ class Llama:
         self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
         divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32, device="cpu")
         self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
+        # matrices of one factor are one product: they become views of one matrix (and of one bias)
+        self.joint = {}
+        with torch.autocast(self.device.type, enabled=False):
+            for i, name, kind in itertools.product(range(config.layers), JOINT, (".weight", ".bias")):
+                keys = [f"layers.{i}.{part}{kind}" for part in JOINT[name]]
+                if keys[0] in weights:
+                    whole = torch.cat([weights[key] for key in keys])
+                    weights |= zip(keys, whole.split([len(weights[key]) for key in keys]), strict=True)
+                    self.joint[f"layers.{i}.{name}{kind}"] = whole
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        weights = self.joint if name + ".weight" in self.joint else self.weights
+        return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
@@ -126,28 +140,35 @@ class Llama:
         low, high, last = *map(int, tokens.aminmax()), self.config.vocabulary - 1
         if not 0 <= low <= high <= last:
             raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
-        return F.embedding(tokens, self.weights["embed_tokens.weight"])
+        return F.embedding(tokens.to(self.device), self.weights["embed_tokens.weight"])
 
-    def qkv(self, layer: int, x: Tensor, rope: hip.Rope | None) -> list[Tensor]:
-        """q (B, H, T, D), k and v (B, Hkv, T, D) of hidden states (B, T, C); rope: of these T."""
-        attn, h = f"layers.{layer}.self_attn.", self.norm(f"layers.{layer}.input_layernorm", x)
-        q, k, v = (self.linear(f"{attn}{x}_proj", h).unflatten(2, (-1, self.config.head_size)) for x in "qkv")
-        if self.config.family == "qwen3":
-            q, k = self.norm(attn + "q_norm", q), self.norm(attn + "k_norm", k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return [*(hip.rotate(y, *rope).to(y.dtype) if rope else y for y in (q, k)), v]
+    def project(self, layer: int, x: Tensor) -> Tensor:
+        """Queries, keys and values of hidden states (B, T, C), not rotated: (B, H + 2 * Hkv, T, D)."""
+        c, attn = self.config, f"layers.{layer}.self_attn."
+        h = self.linear(f"layers.{layer}.qkv", self.norm(f"layers.{layer}.input_layernorm", x))
+        h = h.unflatten(2, (-1, c.head_size)).transpose(1, 2)
+        if c.family == "qwen3":
+            q, k, v = h.split([c.heads, c.kv_heads, c.kv_heads], 1)
+            h = torch.cat([self.norm(attn + "q_norm", q), self.norm(attn + "k_norm", k), v], 1)
+        return h
 
     def behind(self, layer: int, x: Tensor, o: Tensor) -> Tensor:
         """What follows attention: hidden states (B, T, C), from those before the layer and o (B, H, T, D)."""
         x = x + self.linear(f"layers.{layer}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
-        h, mlp = self.norm(f"layers.{layer}.post_attention_layernorm", x), f"layers.{layer}.mlp."
-        h = F.silu(self.linear(mlp + "gate_proj", h)) * self.linear(mlp + "up_proj", h)
-        return x + self.linear(mlp + "down_proj", h)
+        h = self.norm(f"layers.{layer}.post_attention_layernorm", x)
+        if h.shape[1] == 1:  # fewer calls; of many tokens two results that are each in one piece
+            gate, up = self.linear(f"layers.{layer}.mlp", h).chunk(2, -1)
+        else:
+            gate, up = (self.linear(f"layers.{layer}.mlp.{x}_proj", h) for x in ("gate", "up"))
+        return x + self.linear(f"layers.{layer}.mlp.down_proj", F.silu(gate) * up)
 
     def rope(self, start: int, end: int) -> hip.Rope:
         """cos and sin of positions start to end - 1: (positions, D / 2) float32 each."""
-        at = torch.arange(start, end, dtype=torch.float32, device=self.device)
-        angle = at[:, None] * self.frequencies
+        return self.turn(torch.arange(start, end, device=self.device))
+
+    def turn(self, at: Tensor) -> hip.Rope:
+        """cos and sin of whole positions (positions,)."""
+        angle = at.float()[:, None] * self.frequencies
         return angle.cos(), angle.sin()
 
     @torch.inference_mode()
@@ -194,6 +215,7 @@ class Context:
         if method == "streaming":
             cfg = replace(cfg, dense_layers=0)
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
+        self.fill = getattr(kernels, "fill", fill)
         # more than all is no more, but would be allocated
         most = max(2**13, 1 << (capacity - 1).bit_length())
         clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
@@ -202,7 +224,7 @@ class Context:
         self.cfg, self.decoding = both
         self.capacity, self.length = capacity, 0  # tokens, and those that were read
         self.whole = True  # no call was cut short
-        shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
+        self.shape = shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
         self.cache = None
         try:
             if offload is None:
@@ -221,8 +243,22 @@ class Context:
         self.clipped = model.rope(0, rows) if cfg.rope_clip else None  # the rotary table
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
-        # products q . k per head: computed (but for the memory's first, O(T)), and what dense would compute
-        self.scores = self.dense_scores = 0
+        # where kernels can read on the device how many tokens there are, a decoding step is the same for any
+        # number, so a GPU may record it once, one with a search and one without, and replay it
+        self.end, self.graphs = None, {}  # (1,) tokens after the step; by whether it searches
+        if hasattr(kernels, "fill") and method != "streaming" and self.cache is None:
+            self.end = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.calls: list[tuple] = []  # of attention, still to be counted: layers, Tq, Tk, how
+        self.counting, self.counted = None, 0  # a selection of decoding, for that; what was counted
+        self.dense_scores = 0  # products q . k per head that dense attention would compute
+
+    @property
+    def scores(self) -> int:
+        """Products q . k per head that were computed, but for the memory's first, which are O(T)."""
+        while self.calls:
+            layers, T, Tk, how = self.calls.pop()
+            self.counted += layers * (hip.count_scores(T, Tk, *how) if how else T * Tk - T * (T - 1) // 2)
+        return self.counted
 
     @torch.inference_mode()
     def prefill(
@@ -251,14 +287,10 @@ class Context:
             for layer in range(model.config.layers):
                 past, last = self.room(layer, end), None
                 for start, stop in pieces:
-                    parts = [
-                        model.qkv(layer, x[:, a:b], rope and [y[a:b] for y in rope])
-                        for a, b in cut(start, stop, unit)
-                    ]
-                    q, *new = (torch.cat(y, 2) for y in zip(*parts, strict=True))
-                    for y, z in zip(past, new, strict=True):
-                        y[:, :, self.length + start : self.length + stop] = z
-                    k, v = (y[:, :, : self.length + stop] for y in past)
+                    q, (k, v) = self.queries(stop - start), (y[:, :, : self.length + stop] for y in past)
+                    for a, b in cut(start, stop, unit):
+                        to = (y[:, :, -(stop - a) :][:, :, : b - a] for y in (q, k, v))
+                        self.fill(model.project(layer, x[:, a:b]), rope and tuple(y[a:b] for y in rope), *to)
                     o = self.attend(layer, q, k, v, unit, tail=start == body)
                     for a, b in cut(start, stop, unit):
                         x[:, a:b] = model.behind(layer, x[:, a:b], o[:, :, a - start : b - start])
@@ -270,30 +302,74 @@ class Context:
                     self.cache.append(layer, *(y[:, :, self.length :] for y in past))
                 if self.method == "hip" and cfg.memory:
                     self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped)
-            self.steps = 0
+            self.steps, self.graphs = 0, {}
             return model.norm("norm", x)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
         """Read one token (B, 1) behind prompt and answer so far: its final hidden state (B, 1, C)."""
-        model, end = self.model, self.length + 1
         if tokens.shape[1] != 1:
             raise ValueError(f"decoding reads one token at a time, not {tokens.shape[1]}")
         with self.reading(tokens) as x:
-            rope = model.rope(self.length, end) if self.clipped is None else None
-            for layer in range(model.config.layers):
-                q, *new = model.qkv(layer, x, rope)
-                if self.cache:
-                    self.cache.append(layer, *new)
-                    dense = layer < self.cfg.dense_layers
-                    past = self.cache.read(layer) if dense else [self.cache.layer(layer)] * 2
-                else:
-                    past = self.room(layer, end)
-                    for y, z in zip(past, new, strict=True):
-                        y[:, :, self.length :] = z
-                x = model.behind(layer, x, self.attend(layer, q, *past))
+            cfg, last = self.decoding, self.selection[-1]
+            search = self.method == "hip" and self.steps % cfg.refresh_interval == 0
+            if self.end is not None:
+                self.end.fill_(self.length + 1)
+            x = self.replay(x, search) if self.end is not None and x.is_cuda else self.step(x)
             self.steps += 1
-            return model.norm("norm", x)
+            layers, Tk = self.model.config.layers, self.length + 1
+            dense = layers if self.method == "dense" else min(layers, cfg.dense_layers)
+            self.count(dense, 1, Tk)
+            if dense < layers:
+                if search or self.method == "streaming":
+                    self.counting = Selection(*(y.to("cpu", copy=True) for y in self.selection[-1]))
+                previous = last.blocks.shape[3] if search and cfg.memory and last else 0
+                self.count(layers - dense, 1, Tk, (self.counting, cfg, search, previous))
+            return x
+
+    def step(self, x: Tensor) -> Tensor:
+        """A token's hidden states (B, 1, C) pass all layers."""
+        model, end = self.model, self.length + 1
+        rope = model.rope(self.length, end) if self.end is None else model.turn(self.end - 1)
+        rope = rope if self.clipped is None else None
+        for layer in range(model.config.layers):
+            h, q = model.project(layer, x), self.queries(1)
+            x = model.behind(layer, x, self.attend(layer, q, *self.append(layer, h, rope, q)))
+        return model.norm("norm", x)
+
+    def replay(self, x: Tensor, search: bool) -> Tensor:
+        """`step` as a CUDA graph: the first of a kind compiles what it needs, the second is recorded."""
+        if search not in self.graphs:
+            self.graphs[search] = None
+            return self.step(x)
+        if self.graphs[search] is None:
+            graph, given = torch.cuda.CUDAGraph(), x.clone()
+            with torch.cuda.graph(graph):
+                self.graphs[search] = graph, given, self.step(given)
+        graph, given, result = self.graphs[search]
+        given.copy_(x)
+        graph.replay()
+        return result.clone()
+
+    def append(self, layer: int, h: Tensor, rope: hip.Rope | None, q: Tensor) -> list:
+        """Fill q, and put a token's key and value behind a layer's: these, or what stands for them."""
+        if self.end is not None:
+            past = [self.kernels.Begun(x[layer], self.end) for x in (self.k, self.v)]
+            self.fill(h, rope, q, *past)
+            return past
+        if self.cache is None:
+            past = self.room(layer, self.length + 1)
+            self.fill(h, rope, q, *(y[:, :, -1:] for y in past))
+            return past
+        new = h.new_empty(2, len(h), self.model.config.kv_heads, 1, h.shape[3])
+        self.fill(h, rope, q, *new)
+        self.cache.append(layer, *new)
+        return self.cache.read(layer) if layer < self.cfg.dense_layers else [self.cache.layer(layer)] * 2
+
+    def queries(self, T: int) -> Tensor:
+        """Room for queries: (B, H, T, D)."""
+        shape = self.shape[1], self.model.config.heads, T, self.shape[4]
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
 
     @contextlib.contextmanager
     def reading(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -334,44 +410,66 @@ class Context:
 
         unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
         """
-        cfg, (T, Tk) = self.cfg if unit else self.decoding, (q.shape[2], k.shape[2])
-        if tail or self.method == "dense" or layer < cfg.dense_layers:
-            self.count(layer, T, Tk)
-            size = T if self.method == "dense" else unit or 1
-            parts = (
-                self.attend_densely(q[:, :, a:b], *(y[:, :, : Tk - T + b] for y in (k, v)), tail)
-                for a, b in cut(0, T, size)
-            )
-            return torch.cat([*parts], 2)
-        selection = self.selection[layer] if unit == 0 else None
-        previous, search = None, self.method == "hip" and (unit > 0 or self.steps % cfg.refresh_interval == 0)
-        if search:
-            previous = selection if cfg.memory else None
-            selection = self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
-        elif self.method == "streaming":
+        cfg, T = self.cfg if unit else self.decoding, q.shape[2]
+        if self.method == "dense" or layer < cfg.dense_layers or tail:
+            if unit:
+                self.count(1, T, k.shape[2])
+            return self.attend_densely(q, k, v, T if self.method == "dense" else unit or 1, tail)
+        if self.method == "streaming":
             selection = hip.no_blocks(q, k.shape, cfg)
+        elif unit or self.steps % cfg.refresh_interval == 0:
+            previous = self.selection[layer] if unit == 0 and cfg.memory else None
+            selection = self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
+        else:
+            selection = self.selection[layer]
         if unit == 0:
-            self.selection[layer] = selection
-        self.count(layer, T, Tk, (selection, cfg, search, previous.blocks.shape[3] if previous else 0))
+            self.keep(layer, selection)
+        elif layer == cfg.dense_layers:  # by HiP all layers have as many
+            how = selection, cfg, self.method == "hip"
+            self.count(self.model.config.layers - layer, T, k.shape[2], how)
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
 
-    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, tail: bool) -> Tensor:
-        """To everything; with clipped positions by a window that is everything, a tail as one query block."""
-        if self.clipped is None:
-            return hip.dense_attention(q, k, v)
-        cfg = replace(self.cfg, window=k.shape[2], sink=0)
-        if tail:
-            cfg = replace(cfg, block_q=1 << (q.shape[2] - 1).bit_length(), stride_q=1)
-        return self.kernels.sparse_attention(q, k, v, hip.no_blocks(q, k.shape, cfg), cfg, rope=self.clipped)
+    def keep(self, layer: int, selection: Selection) -> None:
+        """For the next decoding step; where one was recorded, it looks where the old selection is."""
+        old = self.selection[layer]
+        if self.graphs and old is not None and old.blocks.shape == selection.blocks.shape:
+            for x, y in zip(old, selection, strict=True):
+                x.copy_(y)
+        else:
+            self.selection[layer] = selection
 
-    def count(self, layer: int, T: int, Tk: int, how: tuple = ()) -> None:
-        """Add up the products q . k of this call; by HiP all layers have as many, of which one is counted."""
-        causal, c = T * Tk - T * (T - 1) // 2, self.model.config
-        self.dense_scores += causal
-        if not how:
-            self.scores += causal
-        elif layer == self.cfg.dense_layers:
-            self.scores += (c.layers - layer) * hip.count_scores(T, Tk, *how)
+    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, size: int, tail: bool) -> Tensor:
+        """To everything, `size` queries at a time; tail: as one query block where positions are clipped.
+
+        There, and where the device alone knows how many tokens there are, by a window that is everything.
+        """
+        T, parts, begun = q.shape[2], [], not isinstance(k, Tensor)
+        Tk = self.capacity if begun else k.shape[2]
+        for a, b in cut(0, T, size):
+            x, end = q[:, :, a:b], Tk - T + b
+            kv = (k, v) if begun else (k[:, :, :end], v[:, :, :end])
+            if self.clipped is None and not begun:
+                parts.append(hip.dense_attention(x, *kv))
+                continue
+            cfg = replace(self.cfg, window=end, sink=0)
+            if tail:
+                cfg = replace(cfg, block_q=1 << (T - 1).bit_length(), stride_q=1)
+            everything = hip.no_blocks(x, (*self.shape[1:3], end), cfg)
+            parts.append(self.kernels.sparse_attention(x, *kv, everything, cfg, rope=self.clipped))
+        return torch.cat(parts, 2)
+
+    def count(self, layers: int, T: int, Tk: int, how: tuple = ()) -> None:
+        """Note attention of T queries to Tk keys in so many layers: dense, or what count_scores asks."""
+        self.dense_scores += layers * (T * Tk - T * (T - 1) // 2)
+        self.calls.append((layers, T, Tk, how))
+
+
+def fill(h: Tensor, rope: hip.Rope | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Heads of h (B, H + 2 * Hkv, T, D) to q, k and v, and rotate queries and keys by rope, unless None."""
+    qk, values = h.split([q.shape[1] + k.shape[1], v.shape[1]], 1)
+    qk = hip.rotate(qk, *rope) if rope else qk
+    for x, y in zip((q, k, v), (*qk.split([q.shape[1], k.shape[1]], 1), values), strict=True):
+        x.copy_(y)
 
 
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -34,6 +34,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton, which torch imports when hip.py asks for its masks
 
 import hip  # noqa: E402
+import model  # noqa: E402
 from hip import HiPConfig, Selection, dense_attention, hip_attention, sparse_attention  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -1022,6 +1023,57 @@ def test_the_last_query_block_on_the_edges_of_its_domain(run, heads, blocks):
         assert_chosen(selection, case, lambda block, found, case=case: search(case, block, [], found))
         assert_attention(run.attend(case, selection), case, selection)
         assert Tk == 17 or (selection.blocks[0, 0, -1] >= 0).sum() == min(4, blocks - missing)
+
+
+@pytest.mark.parametrize("clip", [None, 20])
+def test_how_many_tokens_a_cache_has_may_be_known_on_the_device_alone(kernels, clip):
+    cfg = replace(SMALL, rope_clip=clip)
+    case = Case(1, 6, 2, 1, 50, 32, "normal", torch.float32, 0, cfg, old="wild", width=9)
+    rope, previous = to(DEVICE, (case.rope, case.previous))
+    caches = [torch.full((1, 2, 60, 32), math.nan, device=DEVICE) for _ in "kv"]
+    length = torch.tensor([1], device=DEVICE)
+    begun = [kernels.Begun(x, length) for x in caches]
+    for end in range(1, 51):
+        h = torch.cat([case.q + end, *(x[:, :, end - 1 : end] for x in (case.k, case.v))], 1).to(DEVICE)
+        q = torch.empty(1, 6, 1, 32, device=DEVICE)
+        kernels.fill(h, None, q, *begun)
+        if end in (1, 2, 17, 49, 50):
+            k, v = (x[:, :, :end] for x in caches)
+            named = dict(previous=previous, rope=rope)
+            wanted, got = (kernels.select_blocks(q, x, cfg, **named) for x in (k, begun[0]))
+            assert all(map(torch.equal, got, wanted))
+            o = kernels.sparse_attention(q, *begun, got, cfg, rope=rope)
+            assert torch.equal(o, kernels.sparse_attention(q, k, v, got, cfg, rope=rope))
+        length += 1
+    assert all(torch.equal(x[:, :, :50].cpu(), y) for x, y in zip(caches, (case.k, case.v), strict=True))
+    assert all(x[:, :, 50:].isnan().all() for x in caches)
+    for wrong in (length.int(), length.repeat(2)):
+        with pytest.raises(ValueError, match="length must be"):
+            kernels.select_blocks(q, kernels.Begun(caches[0], wrong), cfg, rope=rope)
+
+
+@pytest.mark.parametrize(
+    "method, change", [("dense", {}), ("hip", {}), ("hip", dict(rope_clip=25, dense_layers=1))], ids=str
+)
+def test_a_model_reads_and_decodes_by_the_kernels_as_by_the_reference(kernels, method, change):
+    sizes = dict(width=64, layers=2, heads=4, kv_heads=2, head_size=32, hidden=48, vocabulary=99, context=200)
+    config = model.ModelConfig("qwen3", **sizes, norm_eps=1e-6, rope_theta=1e4, rope_divisor=(), tied=True)
+    g = torch.Generator().manual_seed(0)
+    weights = {x: torch.randn(shape, generator=g).to(DEVICE) / 8 for x, shape in config.shapes().items()}
+    tokens = torch.randint(99, (1, 61), generator=g)
+    cfg, results = replace(SMALL, refresh_interval=3, dense_tail=5, **change), []
+    for module in (hip, kernels, kernels)[: 2 + GPU]:
+        context = model.Context(model.Llama(config, weights), 61, cfg, method, module)
+        if len(results) == 2:  # eager, where a GPU would have recorded steps
+            context.replay = lambda x, search, step=context.step: step(x)
+        hidden = [context.prefill(tokens[:, :45])]
+        hidden += [context.decode(tokens[:, i : i + 1]) for i in range(45, 53)]
+        hidden += [context.prefill(tokens[:, 53:56])]  # a further question
+        hidden += [context.decode(tokens[:, i : i + 1]) for i in range(56, 61)]
+        results.append((torch.cat(hidden, 1).cpu(), context.scores, context.dense_scores))
+    (wanted, *counts), (got, *others), (eager, *_) = (*results, results[-1])[:3]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got, eager) and counts == others
 
 
 @pytest.mark.parametrize("Tq", [1, 5, 7, 8, 16])

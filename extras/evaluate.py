@@ -132,10 +132,14 @@ class Halved(Context):
 
     halves: list[tuple[HiPConfig, ModuleType]]
 
-    def attend(self, layer, q, k, v, unit=0, tail=False) -> torch.Tensor:
-        self.cfg, self.kernels = self.halves[unit == 0]
+    def prefill(self, tokens: torch.Tensor, **more) -> torch.Tensor:
+        self.cfg, self.kernels = self.halves[0]
+        return super().prefill(tokens, **more)
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.cfg, self.kernels = self.halves[1]
         self.decoding = self.cfg.decoding
-        return super().attend(layer, q, k, v, unit, tail)
+        return super().decode(tokens)
 
 
 def open_context(model: Llama, name: str, base: HiPConfig, capacity: int) -> Context:
@@ -145,7 +149,8 @@ def open_context(model: Llama, name: str, base: HiPConfig, capacity: int) -> Con
     for (method, cfg), (_, other) in zip(resolved, reversed(resolved), strict=True):
         kernels = kernels_for(model.device.type)
         if method.select:
-            kernels = SimpleNamespace(**vars(kernels) | {"select_blocks": partial(method.select, kernels)})
+            select, attend = partial(method.select, kernels), kernels.sparse_attention
+            kernels = SimpleNamespace(select_blocks=select, sparse_attention=attend)
         if method.attention == "dense":  # this way a dense prompt leaves its memory to decoding by HiP
             cfg = replace(other, dense_layers=model.config.layers)
         halves.append((cfg, kernels))
