@@ -557,7 +557,8 @@ def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = measuring.options_parser(__doc__)
+    parser = measuring.Parser(description=__doc__)
+    measuring.common_options(parser)
     add = parser.add_argument
     add("measure", choices=("perplexity", "decoding", "passkey", "needles", "coverage", "tasks", "lost"))
     add("--methods", nargs="+", metavar="M", help=f"({' '.join(DEFAULT)}; of `tasks` and `lost` others)")
