@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**dict(allow_abbrev=False, formatter_class=raw) | more)
 
     def error(self, message: str):  # argparse's own way prints the usage as well
-        raise ValueError(f"{message} (--help lists all options)")
+        raise ValueError(f"{message.removeprefix('argument ')} (--help lists all options)")
 
 
 def subcommands(parser: Parser, runs: dict[str, Callable]) -> dict[str, argparse.ArgumentParser]:

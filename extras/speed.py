@@ -611,9 +611,9 @@ def main() -> int:
     cfg = measuring.configure(HiPConfig(), options.set)
     settle(options)
     common = {x: vars(options).get(x) for x in ("what", "repeats", "seconds")}
-    if vars(options).get("against"):
-        common["old"] = measuring.code_hash(options.against, "hip", options.kernels.__name__)
-        options.against = measuring.other_version(options.against, options.device)
+    if folder := vars(options).get("against"):
+        options.against = measuring.other_version(folder, options.device)
+        common["old"] = measuring.code_hash(folder, "hip", options.kernels.__name__)
     common |= dict(config=vars(cfg), dtype=str(options.dtype))
     results = measuring.Results(options.out, "speed", options.device, **common)
     part, records, ok = PARTS[options.what], [], True
