@@ -123,11 +123,11 @@ def normal(T: int, shape: str, options: argparse.Namespace) -> list[torch.Tensor
 
 def local(T: int, shape: str, options: argparse.Namespace) -> list[torch.Tensor]:
     """The sum of noises that change every 1, 4, 16, ... tokens, so that neighbours score alike."""
-    tensors = []
+    g, tensors = torch.Generator(options.device).manual_seed(1), []
     for x in normal(T, shape, options):
         x = x[0].float().transpose(1, 2)  # (H, D, T)
         for step in (4**i for i in range(1, 8) if 4**i < T):
-            slow = torch.randn(*x.shape[:2], T // step + 1, device=x.device)
+            slow = torch.randn(*x.shape[:2], T // step + 1, generator=g, device=x.device)
             x += 2 * F.interpolate(slow, size=T, mode="linear")
         tensors.append((x / x.std()).to(options.dtype).transpose(1, 2)[None].contiguous())
     return tensors
@@ -153,7 +153,6 @@ def attention_row(phase: str, qkv: list, cfg: HiPConfig, dense: bool, options: a
     The machine's ceilings take their turns among them, so that the floor is of the same minute.
     """
     (q, k, v), step = qkv, phase == "decoding"
-    q = q[:, :, -1:].contiguous() if step else q
     versions = {"old": options.against} if options.against else {}
     versions["HiP"] = options.kernels, cfg
     calls, every = {f"dense {way}": x for way, x in measuring.dense_ways(q, k, v).items() if dense}, {}
@@ -191,13 +190,16 @@ def attention(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) 
         qkv = functools.cache(partial(INPUTS[kind], T, shape, options))
 
         def measure(phase: str, batch: int, dense: bool, qkv: Callable = qkv) -> dict:
-            return attention_row(phase, [x.repeat(batch, 1, 1, 1) for x in qkv()], cfg, dense, options)
+            q, k, v = qkv()
+            q = q[:, :, -1:] if phase == "decoding" else q
+            inputs = [x.repeat(batch, 1, 1, 1) if batch > 1 else x.contiguous() for x in (q, k, v)]
+            return attention_row(phase, inputs, cfg, dense, options)
 
         for phase, B in (("prefill", 1), *(("decoding", B) for B in options.batch)):
             same = dict(phase=phase, inputs=kind, shape=shape, batch=B)
             known = [x for x in records if same.items() <= x["settings"].items() and x["settings"]["dense"]]
             # by the square of the length, from the last that was measured
-            last = [seconds(x, "dense") * (T / x["settings"]["tokens"]) ** 2 for x in known[-1:]]
+            last = [typical(x, "dense") * (T / x["settings"]["tokens"]) ** 2 for x in known[-1:]]
             dense = phase == "decoding" or not last or last[0] <= options.seconds
             yield same | dict(tokens=T, dense=dense), partial(measure, phase, B, dense)
 
@@ -208,7 +210,7 @@ def way(record: dict) -> str:
     return min((x for x in times if x.startswith("dense")), key=lambda x: statistics.median(times[x]))
 
 
-def seconds(record: dict, name: str) -> float:
+def typical(record: dict, name: str) -> float:
     """Median time of "dense", "HiP" or "old", in decoding with its share of a search."""
     times = record["times"]
     if name == "dense":
@@ -226,12 +228,12 @@ def show_attention(records: list[dict]) -> bool:
             names = [x for x in ("dense", "old", "HiP") if x != "dense" or settings["dense"]]
             names = [x for x in names if x != "old" or "old" in record["every"]]
             row = {x: settings[x] for x in ("tokens", "inputs", "shape", "batch")}
-            row |= {"dense ms": "not run"} | {f"{x} ms": 1000 * seconds(record, x) for x in names}
+            row |= {"dense ms": "not run"} | {f"{x} ms": 1000 * typical(record, x) for x in names}
             for part in ("search", "attention"):
                 spread = [1000 * x for x in times[f"HiP {part}"]]
                 middle, ends = cell(statistics.median(spread)), f"{cell(min(spread))}-{cell(max(spread))}"
                 row[f"{part} ms (least-most)"] = f"{middle} ({ends})" if spread[1:] else middle
-            row |= {f"{x} / HiP": seconds(record, x) / seconds(record, "HiP") for x in names if x != "HiP"}
+            row |= {f"{x} / HiP": typical(record, x) / typical(record, "HiP") for x in names if x != "HiP"}
             least = {"search": "HiP search", "sparse": "HiP attention"}
             least |= {"dense": way(record)} if settings["dense"] else {}
             share = {x: record["floors"][x] / statistics.median(times[y]) for x, y in least.items()}
@@ -239,7 +241,7 @@ def show_attention(records: list[dict]) -> bool:
             used = [y for x, y in memory.items() if x.startswith("HiP") and y is not None]
             row["MiB"] = max(used) / 2**20 if used else None
             rows.append(row | {"dense by": way(record).partition(" ")[2] if settings["dense"] else None})
-        print(f"\n{phase}\n\n" + rows_table(rows))
+        print(f"\n{phase}\n\n{rows_table(rows)}" if rows else "")
     product, copy = (statistics.median(x["ceilings"][i] for x in records) / 1e9 for i in ("product", "copy"))
     print("\nold, HiP: search and attention; of decoding a share of a search, by refresh_interval")
     print(
