@@ -14,8 +14,12 @@
         --methods dense dense-ntk streaming:rope_clip=768 hip:rope_clip=4096
 
 Prints Markdown tables, or --json.  Each result is kept in --out as soon as it is there, so that a command
-goes on where it was interrupted.  METHODS below names the methods; `hip:score=max,top_k=512` is one of them
-with other fields of HiPConfig, and `hip/dense` reads the prompt by the one and decodes by the other.
+goes on where it was interrupted.
+
+Methods: dense; hip; paper, its own settings; bare, those in blocks of 16; streaming, sink and window alone;
+random and oracle, random and the exact best blocks; snapshot, no search while decoding; no-memory; no-tail;
+dense-ntk and hip-ntk, with rotary frequencies stretched to the length.  `hip:score=max,top_k=512` is one of
+them with other fields of HiPConfig, and `hip/dense` reads the prompt by the one and decodes by the other.
 
 `tasks` and `lost` ask what people ask of a long text, in the manner of RULER (Hsieh et al. 2024), in natural
 text that is on any machine, CPython's language reference and library, begun elsewhere for each sample:
@@ -751,7 +755,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = measuring.Parser(description=__doc__)
     measuring.common_options(parser)
     add = parser.add_argument
-    add("measure", choices=("perplexity", "decoding", "passkey", "needles", "coverage", "tasks", "lost"))
+    kinds = ("perplexity", "decoding", "passkey", "needles", "coverage", "tasks", "lost")
+    add("measure", choices=kinds, help="what to measure, as above")
     add("--methods", nargs="+", metavar="M", help=f"({' '.join(DEFAULT)}; of `tasks` and `lost` others)")
     add("--sweep", nargs="*", choices=SWEEP, metavar="FIELD", help="hip with other values of fields (of all)")
     add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")

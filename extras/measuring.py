@@ -74,7 +74,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="on cuda HiP runs as hip_triton (%(default)s)",
     )
-    add("--out", default="results", metavar="DIR", help="folder of results and pictures (%(default)s)")
+    add("--out", default="results", metavar="DIR", help="folder of results (%(default)s)")
     add("--json", action="store_true", help="print the records, with every single number, instead of tables")
 
 
