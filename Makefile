@@ -29,7 +29,7 @@ check-notebooks: install
 	$(RUN) notebooks/build.py --check
 
 picture: install
-	$(RUN) extras/draw_tree.py
+	$(RUN) notebooks/draw_tree.py
 
 clean:
 	rm -rf .venv passkey.txt

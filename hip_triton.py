@@ -804,7 +804,7 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
     """How a kernel goes about query blocks of so many rows: rows of a program, keys of a tile, warps, stages.
 
     All that there is to tune.  In 16 bits with D 64 and 128 it is the fastest, on an H200, of some that spill
-    no register there (extras/compile_report.py); other sizes are guesses.  On an A100 the kernels with
+    no register there (extras/prove.py); other sizes are guesses.  On an A100 the kernels with
     clipped positions spill.
     """
     ROWS, wide = max(16, triton.next_power_of_2(rows)), D > 64

@@ -1157,10 +1157,11 @@ def test_hip_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
 
 
 def test_hip_triton_compiles_for_real_chips_without_spilling(kernels):
-    # a sample; extras/compile_report.py without arguments compiles all of them
+    # a sample; `extras/prove.py compile` without more compiles all of them
     names = ["search", "search-step", "attention", "split", "merge", "copy"]
     done = apart(
-        "extras/compile_report.py",
+        "extras/prove.py",
+        "compile",
         "--target",
         "sm_80",
         "sm_90",

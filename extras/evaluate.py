@@ -14,8 +14,22 @@
         --methods dense dense-ntk streaming:rope_clip=768 hip:rope_clip=4096
 
 Prints Markdown tables, or --json.  Each result is kept in --out as soon as it is there, so that a command
-goes on where it was interrupted.  METHODS below names the methods; `hip:score=max,top_k=512` is one of them
-with other fields of HiPConfig, and `hip/dense` reads the prompt by the one and decodes by the other.
+goes on where it was interrupted.
+
+Methods: dense; hip; paper, its own settings; bare, those in blocks of 16; streaming, sink and window alone;
+random and oracle, random and the exact best blocks; snapshot, no search while decoding; no-memory; no-tail;
+dense-ntk and hip-ntk, with rotary frequencies stretched to the length.  `hip:score=max,top_k=512` is one of
+them with other fields of HiPConfig, and `hip/dense` reads the prompt by the one and decodes by the other.
+
+`tasks` and `lost` ask what people ask of a long text, in the manner of RULER (Hsieh et al. 2024), in natural
+text that is on any machine, CPython's language reference and library, begun elsewhere for each sample:
+
+    one, values, keys    one of eight hidden numbers; four of one thing; four of eight things
+    trace                which variables have a value, through a chain of assignments
+    copy                 a hidden code of 32 digits
+    words                the three made-up words that come most often
+    passage              how a sentence of the text itself goes on
+    constant, signature  of a long program: what a name is set to, what arguments a function takes
 """
 
 from __future__ import annotations
@@ -25,21 +39,25 @@ import bisect
 import itertools
 import json
 import math
+import os
 import random
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import fmean
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import measuring
-import tasks
 import torch
 import torch.nn.functional as F
-from measuring import OutOfTime, kernels_for, read, table
+from measuring import OutOfTime, kernels_for, positive, read, table
 from tqdm import tqdm
 
 import hip
@@ -204,7 +222,7 @@ OTHER = "\n\nWhat color is the sky? The sky is"
 ANSWER = 8  # tokens in which the five digits must come
 
 
-class Task(NamedTuple):
+class Needle(NamedTuple):
     """What is hidden in a prompt, and what is asked about it."""
 
     needles: list[tuple[float, str]]  # depth and text
@@ -212,37 +230,37 @@ class Task(NamedTuple):
     turns: list[tuple[int, str, str]]  # tokens that the model writes before, question, answer
 
 
-def passkey(depth: float, a: str, b: str, c: str) -> Task:
+def passkey(depth: float, a: str, b: str, c: str) -> Needle:
     """One needle, asked for at the end of the prompt: what `generate.py --make-passkey` makes."""
-    return Task([(depth, NEEDLE.format(key=a))], QUESTION, [(0, "", a)])
+    return Needle([(depth, NEEDLE.format(key=a))], QUESTION, [(0, "", a)])
 
 
-def several(depth: float, a: str, b: str, c: str) -> Task:
+def several(depth: float, a: str, b: str, c: str) -> Needle:
     """Three needles, asked for one after another."""
     needles = [NUMBER.format(city=city, key=key) for city, key in zip(CITIES, (a, b, c), strict=True)]
     ask = [ASK.format(city=city, now="") for city in CITIES]
-    return Task(
+    return Needle(
         [((depth + i / 3) % 1, needle) for i, needle in enumerate(needles)],
         ask[0],
         [(0, "", a), (0, "." + ask[1], b), (0, "." + ask[2], c)],
     )
 
 
-def late(depth: float, a: str, b: str, c: str) -> Task:
+def late(depth: float, a: str, b: str, c: str) -> Needle:
     """A needle asked for when other text has been written, so that the prompt's tail cannot know of it."""
-    return Task([(depth, NEEDLE.format(key=a))], OTHER, [(16, QUESTION, a)])
+    return Needle([(depth, NEEDLE.format(key=a))], OTHER, [(16, QUESTION, a)])
 
 
-def changed(depth: float, a: str, b: str, c: str) -> Task:
+def changed(depth: float, a: str, b: str, c: str) -> Needle:
     """A value that changes; the last one counts."""
     needles = [(depth / 2, NUMBER.format(city="Paris", key=a)), (depth, CHANGE.format(city="Paris", key=b))]
-    return Task(needles, ASK.format(city="Paris", now=" now"), [(0, "", b)])
+    return Needle(needles, ASK.format(city="Paris", now=" now"), [(0, "", b)])
 
 
-TASKS = {"passkey": passkey, "several": several, "late": late, "changed": changed}
+NEEDLES = {"passkey": passkey, "several": several, "late": late, "changed": changed}
 
 
-def haystack(tokenizer: Tokenizer, tokens: int, task: Task) -> list[int]:
+def in_filler(tokenizer: Tokenizer, tokens: int, task: Needle) -> list[int]:
     """A prompt of `tokens` tokens, or a few less: the needles in as much filler as fits."""
 
     def prompt(sentences: int) -> list[int]:
@@ -276,8 +294,8 @@ def find(
     opened: from a capacity to an empty context.
     """
     dice = random.Random(round(100 * case["depth"]) + tokens + 1000 * case["trial"])
-    plan = TASKS[case["task"]](case["depth"], *(str(dice.randint(10000, 99999)) for _ in CITIES))
-    prompt = torch.tensor([haystack(tokenizer, tokens, plan)])
+    plan = NEEDLES[case["task"]](case["depth"], *(str(dice.randint(10000, 99999)) for _ in CITIES))
+    prompt = torch.tensor([in_filler(tokenizer, tokens, plan)])
     questions = [tokenizer.encode(question) if question else [] for _, question, _ in plan.turns]
     room = sum(map(len, questions)) + sum(free + ANSWER for free, _, _ in plan.turns)
     context, found, said = opened(prompt.shape[1] + room), [], []
@@ -363,7 +381,184 @@ def coverage(
     return {name: {"recall": x[0].tolist(), "mass": x[1].tolist()} for name, x in totals.items()}
 
 
-# --- tasks -------------------------------------------------------------------------------------------------
+# --- tasks: what people ask of a long text -----------------------------------------------------------------
+
+FACTS = "Facts are hidden in the following text. Memorize them: you will be asked about them at the end.\n\n"
+THINGS = "lantern harbor violin glacier pepper castle meadow copper saddle orchid anchor tunnel".split()
+CODED = "zorvak melipso brundel quaxit ferolin talvic".split()
+
+
+class Sample(NamedTuple):
+    """A prompt; texts of which each that appears in the continuation counts; tokens to write at most."""
+
+    prompt: str
+    answers: list[str]
+    room: int
+
+
+class Plan(NamedTuple):
+    """What is hidden in a text, each at a random place, and what stands at its end."""
+
+    needles: list[str]
+    end: str
+    answers: list[str]
+    room: int
+
+
+def number_of(thing: str, number: str) -> str:
+    return f"One of the special magic numbers for {thing} is: {number}."
+
+
+def digits(dice: random.Random, count: int = 7) -> str:
+    return str(dice.randrange(10 ** (count - 1), 10**count))
+
+
+def one(dice: random.Random, body: list[str]) -> Plan:
+    pairs = [(thing, digits(dice)) for thing in dice.sample(THINGS, 8)]
+    thing, number = dice.choice(pairs)
+    end = (
+        f"What is the special magic number for {thing} in the text?\nThe special magic number for {thing} is:"
+    )
+    return Plan([number_of(*pair) for pair in pairs], end, [number], 16)
+
+
+def values(dice: random.Random, body: list[str]) -> Plan:
+    thing, numbers = dice.choice(THINGS), [digits(dice) for _ in range(4)]
+    end = (
+        f"What are all the special magic numbers for {thing} mentioned in the text?\n"
+        f"The four special magic numbers for {thing} mentioned in the text are:"
+    )
+    return Plan([number_of(thing, number) for number in numbers], end, numbers, 60)
+
+
+def keys(dice: random.Random, body: list[str]) -> Plan:
+    pairs = [(thing, digits(dice)) for thing in dice.sample(THINGS, 8)]
+    asked = dice.sample(pairs, 4)
+    names = ", ".join(thing for thing, _ in asked)
+    end = (
+        f"What are the special magic numbers for {names} mentioned in the text?\n"
+        f"The special magic numbers for {names} mentioned in the text are, in this order:"
+    )
+    return Plan([number_of(*pair) for pair in pairs], end, [number for _, number in asked], 80)
+
+
+def trace(dice: random.Random, body: list[str]) -> Plan:
+    names = ["".join(dice.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(5)) for _ in range(8)]
+    value, other = digits(dice, 5), digits(dice, 5)
+    lines = [
+        f"VAR {names[0]} = {value}",
+        *(f"VAR {b} = VAR {a}" for a, b in zip(names[:3], names[1:4], strict=True)),
+    ]
+    lines += [
+        f"VAR {names[4]} = {other}",
+        *(f"VAR {b} = VAR {a}" for a, b in zip(names[4:7], names[5:8], strict=True)),
+    ]
+    end = (
+        f"Which four variables are assigned the value {value} in the text, directly or through others?\n"
+        f"The four variables that are assigned the value {value} are:"
+    )
+    return Plan(lines, end, names[:4], 60)
+
+
+def copy(dice: random.Random, body: list[str]) -> Plan:
+    code = "-".join(digits(dice, 4) for _ in range(8))
+    end = "What is the activation code mentioned in the text? Copy it exactly.\nThe activation code is:"
+    return Plan([f"The activation code is: {code}."], end, code.split("-"), 60)
+
+
+def words(dice: random.Random, body: list[str]) -> Plan:
+    coded = dice.sample(CODED, 6)
+    hidden = [word for word in coded[:3] for _ in range(12)] + [word for word in coded[3:] for _ in range(3)]
+    end = (
+        f"Of the made-up words {', '.join(sorted(coded))}, which three appear most often in the text?\n"
+        "The three made-up words that appear most often are:"
+    )
+    return Plan([word + "." for word in hidden], end, coded[:3], 24)
+
+
+def passage(dice: random.Random, body: list[str]) -> Plan:
+    text = " ".join(" ".join(body).split())
+    sentences = [s.split() for s in re.findall(r"(?<=\. )[A-Z][^.:*`\"]{120,240}\.(?= )", text)]
+    sentence = dice.choice([s for s in sentences if text.count(" ".join(s[:8])) == 1 and len(s) > 16])
+    begun = " ".join(sentence[:8])
+    end = f'One sentence of the text begins with "{begun}". Copy it.\n"{begun}'
+    return Plan([], end, [" ".join(sentence[8:11]), " ".join(sentence[11:14])], 32)
+
+
+def constant(dice: random.Random, body: list[str]) -> Plan:
+    text = "\n".join(body)
+    found = re.findall(r"^([A-Za-z_]\w{3,}) = ([\w'\"./x -]{2,24})$", text, re.MULTILINE)
+    count = Counter(name for name, _ in found)
+    found = [pair for pair in found if count[pair[0]] == 1 and pair[1] not in ("True", "None", "False")]
+    name, value = dice.choice(found)
+    return Plan(
+        [], f"# A constant of the program above, as it is defined there:\n{name} =", [f" {value}\n"], 24
+    )
+
+
+def signature(dice: random.Random, body: list[str]) -> Plan:
+    text = "\n".join(body)
+    found = re.findall(r"^ *def ([a-z]\w{4,})\(([^()\n]{12,70})\):$", text, re.MULTILINE)
+    count = Counter(name for name, _ in found)
+    name, value = dice.choice([pair for pair in found if count[pair[0]] == 1])
+    end = f"# The signature of a function of the program above, as it is defined there:\ndef {name}("
+    return Plan([], end, [value + "):"], 40)
+
+
+TASKS: dict[str, Callable] = {
+    "one": one,
+    "values": values,
+    "keys": keys,
+    "trace": trace,
+    "copy": copy,
+    "words": words,
+    "passage": passage,
+    "constant": constant,
+    "signature": signature,
+}
+OF_CODE = ("constant", "signature")
+
+
+def natural(code: bool, dice: random.Random) -> list[str]:
+    """Natural text, begun somewhere: paragraphs of the language reference, or lines of library modules."""
+    if code:
+        files = sorted(Path(os.__file__).parent.glob("*.py"))
+        files = [file for file in files if 4_000 < file.stat().st_size < 120_000]
+        return [x for file in dice.sample(files, 12) for x in file.read_text(encoding="utf-8").splitlines()]
+    text = [p.strip() for topic in topics.values() for p in topic.split("\n\n") if len(p.strip()) > 40]
+    start = dice.randrange(len(text))
+    return text[start:] + text[:start]
+
+
+def sample(name: str, tokenizer: Tokenizer, tokens: int, seed: int) -> Sample:
+    """A prompt of a task, of nearly `tokens` tokens.  ValueError where there is no room for it."""
+    code = name in OF_CODE
+    between, opening = ("\n", "") if code else ("\n\n", FACTS)
+    for attempt in range(100):
+        dice = random.Random(f"{name} {seed} {attempt}")
+        text = natural(code, dice)
+        lengths = itertools.accumulate(len(tokenizer.encode(part + between)) for part in text)
+        count = bisect.bisect([*itertools.takewhile(lambda length: length <= tokens, lengths)], tokens)
+        state = dice.getstate()
+        while count > 0:  # parts of the text, as many as leave room for needles and question
+            dice.setstate(state)
+            body = text[:count]
+            try:
+                plan = TASKS[name](dice, body)
+            except IndexError:  # there is nothing to ask for in this text
+                break
+            for needle in plan.needles:
+                body.insert(dice.randint(0, len(body)), needle)
+            prompt = opening + between.join(body) + "\n\n" + plan.end
+            if len(tokenizer.encode(prompt)) <= tokens:
+                return Sample(prompt, plan.answers, plan.room)
+            count -= max(1, count // 100)
+    raise ValueError(f"the task {name} needs more than {tokens} tokens")
+
+
+def score(sample: Sample, said: str) -> float:
+    """Share of the answers that were found, 0 to 1."""
+    return sum(answer in said + "\n" for answer in sample.answers) / len(sample.answers)
 
 
 def solve(
@@ -374,7 +569,7 @@ def solve(
     look: with whole methods by HiP also the mass that the selection covers, (layers, heads): of the prompt's
     last query block, as if that did not attend densely, and of decoding, the mean over its steps.
     """
-    asked = tasks.sample(case["task"], tokenizer, tokens, case["seed"])
+    asked = sample(case["task"], tokenizer, tokens, case["seed"])
     prompt = torch.tensor([tokenizer.encode(asked.prompt)])
     context, T = opened(prompt.shape[1] + asked.room), prompt.shape[1]
     cfg, rope, c = context.cfg, context.clipped, context.model.config
@@ -394,7 +589,7 @@ def solve(
     said = tokenizer.fast.decode([*generate(context, hidden, asked.room, tokenizer.eos)])
     masses["answer"] /= context.steps
     more = {"mass": {name: x.tolist() for name, x in masses.items()}} if look else {}
-    return {"score": tasks.score(asked, said), "said": said} | more
+    return {"score": score(asked, said), "said": said} | more
 
 
 # --- tables and pictures -----------------------------------------------------------------------------------
@@ -562,18 +757,22 @@ def draw(path: str, title: str, panels: dict[str, list], x: tuple[str, list], y:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = measuring.options_parser(__doc__)
+    parser = measuring.Parser(description=__doc__)
+    measuring.common_options(parser)
     add = parser.add_argument
-    add("measure", choices=("perplexity", "decoding", "passkey", "needles", "coverage", "tasks", "lost"))
+    kinds = ("perplexity", "decoding", "passkey", "needles", "coverage", "tasks", "lost")
+    add("measure", choices=kinds, help="what to measure, as above")
     add("--methods", nargs="+", metavar="M", help=f"({' '.join(DEFAULT)}; of `tasks` and `lost` others)")
     add("--sweep", nargs="*", choices=SWEEP, metavar="FIELD", help="hip with other values of fields (of all)")
     add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")
-    add("--segment", type=int, default=4096, help="tokens of a column of `perplexity` (%(default)s)")
-    add("--steps", type=int, default=256, help="tokens of `decoding` (%(default)s)")
+    add("--segment", type=positive, default=4096, help="tokens of a column of `perplexity` (%(default)s)")
+    add("--steps", type=positive, default=256, help="tokens of `decoding` (%(default)s)")
     add("--tasks", nargs="+", metavar="T", help="of `needles` and `tasks` (all), of `lost` (keys)")
-    add("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="X")
-    add("--trials", type=int, default=1, help="of each length and depth, with other digits (%(default)s)")
-    add("--samples", type=int, help="query blocks of `coverage` (16); of each task and length (10)")
+    add("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="X", help="of needles")
+    add(
+        "--trials", type=positive, default=1, help="of each length and depth, with other digits (%(default)s)"
+    )
+    add("--samples", type=positive, help="query blocks of `coverage` (16); of each task and length (10)")
     add("--seconds", type=float, default=3600, help="a text that takes longer is given up (%(default)s)")
     return parser
 
@@ -582,7 +781,7 @@ def settle(options: argparse.Namespace, base: HiPConfig) -> None:
     """Fill in what the options leave open; ValueError for what cannot work."""
     usual = [4000, 8000] if options.measure in ("passkey", "needles", "tasks") else [8192]
     options.tokens = options.tokens or usual
-    known = {"passkey": ["passkey"], "needles": list(TASKS)}.get(options.measure, list(tasks.TASKS))
+    known = {"passkey": ["passkey"], "needles": list(NEEDLES)}.get(options.measure, list(TASKS))
     options.tasks = options.tasks or (["keys"] if options.measure == "lost" else known)
     if wrong := [task for task in options.tasks if task not in known]:
         raise ValueError(f"a task must be one of {', '.join(known)}, not {wrong[0]!r}")
@@ -603,9 +802,6 @@ def settle(options: argparse.Namespace, base: HiPConfig) -> None:
     least = {"decoding": options.steps + 1, "coverage": 2048}.get(options.measure, 2)
     if min(options.tokens) < least:
         raise ValueError(f"--tokens must be at least {least}, not {min(options.tokens)}")
-    for name in ("segment", "steps", "trials", "samples"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
     if not all(0 <= depth <= 1 for depth in options.depths):
         raise ValueError("--depths must be from 0 to 1")
 
@@ -628,7 +824,7 @@ def main() -> None:
         cases = [dict(zip(("task", "depth", "trial"), case, strict=True)) for case in cases]
     elif kind in ("tasks", "lost"):
         cases = [dict(task=x, seed=i) for x, i in itertools.product(options.tasks, range(options.samples))]
-        details = {"prompts": measuring.code_hash(measuring.ROOT, "extras/tasks")}
+        details = {"prompts": measuring.code_hash(measuring.ROOT, "extras/evaluate")}
     else:
         text = measuring.natural_text(tokenizer, max(options.tokens), TEXT_START)
 

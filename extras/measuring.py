@@ -11,13 +11,13 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
+from inspect import getdoc
 from pathlib import Path
 from pydoc_data.topics import topics  # CPython's own language reference: long natural text on any machine
 from types import ModuleType
@@ -37,22 +37,45 @@ from model import Context, Llama, ModelConfig, Tokenizer  # noqa: E402
 # --- options, tables, results ------------------------------------------------------------------------------
 
 
-def options_parser(doc: str) -> argparse.ArgumentParser:
-    """The options that `evaluate.py` and `bench.py` have; a wrong one is a ValueError."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a ValueError of one line, and prints descriptions as they are."""
 
-    def refuse(message: str):  # argparse's own way prints the usage as well
-        raise ValueError(f"{message} (--help lists all options)")
+    def __init__(self, **more: object):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(**dict(allow_abbrev=False, formatter_class=raw) | more)
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
-    parser.error, add = refuse, parser.add_argument
-    add("--tokens", type=int, nargs="+", metavar="N", help="lengths of the text")
+    def error(self, message: str):  # argparse's own way prints the usage as well
+        raise ValueError(f"{message.removeprefix('argument ')} (--help lists all options)")
+
+
+def subcommands(parser: Parser, runs: dict[str, Callable]) -> dict[str, argparse.ArgumentParser]:
+    """A parser for each name; what its function does is what its --help says."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    lines = {name: run.__doc__.split("\n")[0] for name, run in runs.items()}
+    return {x: commands.add_parser(x, help=lines[x], description=getdoc(run)) for x, run in runs.items()}
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `evaluate.py` and `speed.py` share."""
+    add = parser.add_argument
+    add("--tokens", type=positive, nargs="+", metavar="N", help="lengths of the text")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of HiPConfig, for all")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--device", default="cpu", help="on cuda HiP runs as hip_triton (%(default)s)")
-    add("--out", default="results", metavar="DIR", help="folder of results and pictures (%(default)s)")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="on cuda HiP runs as hip_triton (%(default)s)",
+    )
+    add("--out", default="results", metavar="DIR", help="folder of results (%(default)s)")
     add("--json", action="store_true", help="print the records, with every single number, instead of tables")
-    return parser
 
 
 def configure(base: HiPConfig, items: list[str]) -> HiPConfig:
@@ -212,14 +235,21 @@ def natural_text(tokenizer: Tokenizer, tokens: int, skip: int = 0) -> list[int]:
     return ids[skip : skip + tokens]
 
 
-def random_model(dtype: torch.dtype, device: str, **changes: int) -> Llama:
-    """Random weights in the shape of the default model, for times where it is not installed."""
-    sizes = dict(width=576, layers=30, heads=9, kv_heads=3, head_size=64, hidden=1536, vocabulary=49152)
-    rest = dict(context=8192, norm_eps=1e-5, rope_theta=1e5, rope_divisor=(), tied=True)
-    config, g, weights = ModelConfig("llama", **sizes | rest | changes), torch.Generator().manual_seed(0), {}
+SHAPES = {  # of models: SmolLM2-135M, the default one, and Llama 3 8B
+    "135m": dict(width=576, layers=30, heads=9, kv_heads=3, hidden=1536, vocabulary=49152)
+    | dict(head_size=64, context=8192, tied=True),
+    "8b": dict(width=4096, layers=32, heads=32, kv_heads=8, hidden=14336, vocabulary=128256)
+    | dict(head_size=128, context=131072, tied=False),
+}
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str) -> Llama:
+    """Random weights in the shape of a model, for times where it is not installed."""
+    config = ModelConfig("llama", norm_eps=1e-5, rope_theta=5e5, rope_divisor=(), **SHAPES[shape])
+    g, weights = torch.Generator(device).manual_seed(0), {}
     for name, shape in config.shapes().items():
-        x = torch.randn(shape, generator=g) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
-        weights[name] = x.to(device, dtype)
+        x = torch.randn(shape, generator=g, device=device, dtype=dtype) if len(shape) > 1 else None
+        weights[name] = torch.ones(shape, device=device, dtype=dtype) if x is None else x * shape[-1] ** -0.5
     return Llama(config, weights)
 
 
@@ -286,8 +316,17 @@ class ScoreTable(hip.Rows):
 # --- time --------------------------------------------------------------------------------------------------
 
 
+@cache
+def gibibyte(device: str) -> torch.Tensor:
+    return torch.empty(2**30, dtype=torch.int8, device=device)
+
+
 def seconds_of(run: Callable, device: str) -> float:
+    """Of one run.  On a GPU a GiB is written twice before it: no input is in a cache then, and the host has
+    launched the whole run by the time it begins.
+    """
     if device.startswith("cuda"):
+        gibibyte(device).zero_().zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -316,20 +355,6 @@ def graphed(run: Callable) -> Callable:
     with torch.cuda.graph(graph):
         run()
     return lambda run=run: graph.replay()  # run keeps alive the tensors that the graph reads
-
-
-def cold_milliseconds(runs: list[Callable], device: str) -> float:
-    """Median time of runs that differ in their inputs, one after the other; the first warms up.
-
-    On a GPU a GiB is written twice before each: no input is in a cache then, and the host has launched the
-    whole run by the time it begins.  What takes seconds runs twice, all else up to 30 times.
-    """
-    flush = torch.empty(2**30 if device.startswith("cuda") else 0, dtype=torch.int8, device=device)
-    times: list[float] = []
-    while len(times) < 2 or (len(times) < 31 and sum(times) + times[-1] < 4):
-        flush.zero_().zero_()
-        times.append(seconds_of(runs[len(times) % len(runs)], device))
-    return 1000 * statistics.median(times[1:])
 
 
 def dense_ways(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable]:

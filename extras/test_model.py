@@ -1,4 +1,4 @@
-"""model.py, generate.py, evaluate.py's tasks: against transformers, tiny random models, the packaged one."""
+"""model.py, generate.py, evaluate.py and speed.py, on tiny random models and on the packaged one."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
 import measuring  # noqa: E402
-import tasks  # noqa: E402
+import speed  # noqa: E402
 
 import generate as command  # noqa: E402
 import hip  # noqa: E402
@@ -1422,32 +1422,32 @@ def test_the_packaged_model_finds_a_passkey_in_4000_tokens(depth):
     assert key in tokenizer.fast.decode(list(llama.generate(context, hidden, 8, tokenizer.eos)))
 
 
-# --- tasks, and where their answers are lost ---------------------------------------------------------------
+# --- measuring: tasks, and where their answers are lost ----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", evaluate.TASKS)
 def test_a_sample_of_a_task_fits_and_holds_its_needles_and_answers(real, name, monkeypatch):
-    make, plans = tasks.TASKS[name], []
-    monkeypatch.setitem(tasks.TASKS, name, lambda *how: plans.append(make(*how)) or plans[-1])
-    samples = [tasks.sample(name, real[1], 1500, seed) for seed in (0, 1, 2, 0)]
+    make, plans = evaluate.TASKS[name], []
+    monkeypatch.setitem(evaluate.TASKS, name, lambda *how: plans.append(make(*how)) or plans[-1])
+    samples = [evaluate.sample(name, real[1], 1500, seed) for seed in (0, 1, 2, 0)]
     assert samples[0] == samples[3] and len({sample.prompt for sample in samples}) == 3
     for sample in samples:
         assert 1000 < len(real[1].encode(sample.prompt)) <= 1500
         text, _, question = sample.prompt.rpartition("\n\n")
         assert all(answer.strip() in " ".join(text.split()) for answer in sample.answers)
-        assert name == "words" or not plans[-1].needles or tasks.score(sample, question) == 0
+        assert name == "words" or not plans[-1].needles or evaluate.score(sample, question) == 0
     assert Counter(plans[-1].needles) <= Counter(text.split("\n\n"))
 
 
 def test_a_task_without_room_is_refused(real):
     with pytest.raises(ValueError, match="the task keys needs more than 100 tokens"):
-        tasks.sample("keys", real[1], 100, 0)
+        evaluate.sample("keys", real[1], 100, 0)
 
 
 def test_a_score_is_the_share_of_the_answers_in_a_continuation():
-    sample = tasks.Sample("", ["12", "345", " x\n"], 9)
+    sample = evaluate.Sample("", ["12", "345", " x\n"], 9)
     for said, found in (("", 0), ("345 1", 1), (" 345, 12 xy", 2), ("12, 345 x", 3)):
-        assert tasks.score(sample, said) == found / 3
+        assert evaluate.score(sample, said) == found / 3
 
 
 @pytest.fixture
@@ -1561,7 +1561,7 @@ WRONG = {
     "must be two, each dense or by HiP": ["tasks", "--methods", "hip/streaming"],
     "must be two, each dense": ["lost", "--methods", "hip/hip/hip"],
     "needs block_q=64, no rope_clip and no halves": ["coverage", "--methods", "hip/oracle"],
-    "--samples must be at least 1, not 0": ["tasks", "--samples", 0],
+    "--samples: must be at least 1, not 0": ["tasks", "--samples", 0],
 }
 
 
@@ -1570,3 +1570,106 @@ def test_what_evaluate_cannot_do_is_refused_in_one_line(ask, words):
     status, out, err, reads = ask(*WRONG[words])
     assert (status, out, err.count("\n"), reads) == (2, "", 1, 0)
     assert words in err and err.startswith("evaluate.py: ")
+
+
+# --- measuring: time ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def time_it(folder, tmp_path, monkeypatch, capsys):
+    """speed.py: (status, rows of its tables or records, standard error, how often something was timed)."""
+
+    def time_it(what, *arguments):
+        timed, plain = [], speed.decode if what == "offload" else speed.take_turns
+        monkeypatch.setattr(speed, plain.__name__, lambda *how: timed.append(how) or plain(*how))
+        usual = ["--seconds", 0.01, "--out", tmp_path, "--dtype", "float32"]
+        monkeypatch.setattr(sys, "argv", [*map(str, ["speed.py", what, *usual, *arguments])])
+        status, (out, err) = measuring.command(speed.main), capsys.readouterr()
+        monkeypatch.setattr(speed, plain.__name__, plain)
+        rows = [[x.strip() for x in line.split("|")[1:-1]] for line in out.splitlines() if line[:2] == "| "]
+        return status, json.loads(out) if "--json" in arguments else rows, err, len(timed)
+
+    return time_it
+
+
+def test_attention_alone_is_timed_once_and_beside_another_version(time_it):
+    how = ["--inputs", "local", "normal", "--tokens", 128, 64]
+    status, rows, _, timed = time_it("attention", *how, "--against", measuring.ROOT)
+    cases = [[str(T), kind, "135m", "1"] for T in (64, 128) for kind in ("local", "normal")]
+    assert (status, timed) == (0, 8) and [row[:4] for row in rows if row[2] == "135m"] == 2 * cases
+    assert rows[0][4:7] == ["dense ms", "old ms", "HiP ms"] and "old / HiP" in rows[0]
+    again = time_it("attention", *how, "--against", measuring.ROOT)
+    assert again[:4:3] == (0, 0) and again[1] == rows
+    for record in time_it("attention", *how, "--json")[1]:
+        T, Tq = record["settings"]["tokens"], 1 if record["settings"]["phase"] == "decoding" else None
+        cfg = HiPConfig().decoding if Tq else HiPConfig()
+        need = measuring.needed(1, Tq or T, T, (64, 9, 3), cfg, 4)
+        assert record["floors"] == {x: measuring.floor(y, record["ceilings"]) for x, y in need.items()}
+        assert {"HiP search", "HiP attention"} < record["times"].keys() and all(
+            map(min, record["times"].values())
+        )
+
+
+def test_dense_attention_that_would_take_too_long_is_not_run(time_it):
+    how = ["--inputs", "normal", "--tokens", 64, 4096, "--json"]
+    records = time_it("attention", *how)[1]
+    ran = {(x["settings"]["phase"], x["settings"]["tokens"]): x["settings"]["dense"] for x in records}
+    assert ran == {
+        ("prefill", 64): True,
+        ("prefill", 4096): False,
+        ("decoding", 64): True,
+        ("decoding", 4096): True,
+    }
+    assert all(x["settings"]["dense"] == any("dense" in y for y in x["times"]) for x in records)
+
+
+def equal_steps(rows):
+    """Of each row: -, all or some, of 17 steps or more."""
+    cells = [row[-1].split("/") for row in rows]
+    assert all(int(cell[-1]) > 16 for cell in cells if cell != ["-"])
+    return ["-" if cell == ["-"] else "all" if cell[0] == cell[1] else "some" for cell in cells]
+
+
+def test_a_whole_model_is_timed_by_each_way_and_offloaded_it_is_the_same(time_it, folder, tmp_path):
+    how = ["--model", folder, "--tokens", 600, "--steps", 2, "--folder", tmp_path]
+    status, (_, _, *rows), _, timed = time_it("model", *how)
+    assert (status, timed) == (0, 5)
+    assert [row[1] for row in rows] == ["dense", "hip", "unclipped", "host", "disk"]
+    assert equal_steps(rows) == ["-", "-", "-", "all", "all"]
+    assert time_it("model", *how)[:4:3] == (0, 0)
+    file = tmp_path / "speed.jsonl"
+    *lines, host, disk = file.read_text().splitlines()
+    other = host.replace(json.loads(host)["rows"][0]["outputs"][0], "other")
+    file.write_text("\n".join([*lines, other, disk]))
+    status, rows, _, _ = time_it("model", *how)
+    assert status == 1 and equal_steps(rows[-2:]) == ["some", "all"]
+
+
+def test_an_offloaded_layer_is_timed_beside_a_resident_one(time_it, tmp_path):
+    how = ["--tokens", 8192, "--steps", 1, "--stores", "host", "disk", "--layers", 2, "--set", "top_k=64"]
+    status, (_, _, *rows), _, timed = time_it("offload", *how, "--folder", tmp_path)
+    assert (status, timed) == (0, 1) and [row[1] for row in rows] == ["device", "host", "disk"]
+    assert equal_steps(rows) == ["-", "all", "all"] and [x.name for x in tmp_path.iterdir()] == [
+        "speed.jsonl"
+    ]
+
+
+CANNOT = {
+    "the following arguments are required": [],
+    "--tokens: must be at least 1, not 0": ["attention", "--tokens", 0],
+    "--tokens must be at least 8192, not 64": ["offload", "--tokens", 64],
+    "the device cuda cannot be used": ["model", "--device", "cuda"],
+    "--shape comes in place of --model": ["model", "--model", "x", "--shape", "8b"],
+    "--against must be a folder with hip.py": ["attention", "--against", "extras"],
+    "no such path: 'nothing'": ["model", "--model", "nothing"],
+}
+
+
+@pytest.mark.parametrize("words", CANNOT)
+def test_what_cannot_be_timed_is_refused_in_one_line(monkeypatch, capsys, words):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("it can")
+    monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, CANNOT[words])])
+    assert measuring.command(speed.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.splitlines()[-1].startswith("speed.py: ")

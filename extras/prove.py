@@ -1,26 +1,307 @@
-"""Plant bugs, one at a time, and show which test of test_hip.py catches each.
+"""Prove the kernels: compiled for real chips without a GPU, run on a GPU, and tests that catch planted bugs.
 
-    python extras/mutants.py            # all; prints a Markdown table
-    python extras/mutants.py causal     # those with "causal" in their names
+    python extras/prove.py compile            # every kernel's registers, spills, shared memory: a while
+    python extras/prove.py compile --target sm_90 --dim 64 128 --dtype float16 --heads 32/8
+    python extras/prove.py gpu                # on a GPU: all tests, and every kernel under compute-sanitizer
+    python extras/prove.py mutants            # bugs, planted one at a time, and the test that catches each
+    python extras/prove.py mutants causal     # those with "causal" in their names
 
-Each bug goes into a temporary copy of the tree, where the tests of the file that has it run, those of kernels
-in Triton's interpreter.  Exit status 1 if a bug survives, if its text no longer stands exactly once in its
-file, or if the tests fail without any bug.
+Prints Markdown tables, row by row.  Exit status 1: something is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+from measuring import ROOT, Parser, command, kernels_for, positive, subcommands
+
+from hip import HiPConfig
+from model import rope_frequencies
+
+# --- the kernels compiled ----------------------------------------------------------------------------------
+
+KIB = 1024
+TARGETS = {  # name: arguments of Triton's GPUTarget, shared memory of one program
+    "sm_80": ("cuda", 80, 32, 163 * KIB),
+    "sm_90": ("cuda", 90, 32, 227 * KIB),
+    "sm_100": ("cuda", 100, 32, 227 * KIB),
+    "gfx942": ("hip", "gfx942", 64, 64 * KIB),
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+KERNELS = (  # -step: of a single query, -rope: with clipped positions, -bank: from an offloaded cache
+    "search", "search-rope", "search-step", "search-step-rope", "attention", "attention-rope",
+    "split", "split-rope", "split-bank", "merge", "copy",
+)  # fmt: skip
+OPTIONS = ("num_warps", "num_stages")
+MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
+
+
+class Row(NamedTuple):
+    kernel: str
+    heads: str
+    D: int
+    dtype: str
+    target: str
+    registers: int
+    spills: int  # bytes of local memory that registers were spilled to
+    shared: int  # bytes
+    matrix: str
+
+    def problem(self) -> str:
+        """What is wrong with this kernel, or ''."""
+        limit, name = TARGETS[self.target][3], " ".join(str(x) for x in self[:5])
+        old = self.target == "sm_80" and "rope" in self.kernel
+        if self.D <= 128 and self.spills and self.dtype != "float32" and not old:
+            return f"{name} spills {self.spills} bytes"
+        return f"{name} shared {self.shared} > {limit}" if self.shared > limit else ""
+
+
+def source(
+    kernel: str, heads: tuple[int, int], D: int, dtype: torch.dtype, cfg: HiPConfig
+) -> tuple[object, dict]:
+    """(ASTSource, options) of a kernel as hip_triton launches it on contiguous tensors."""
+    import triton.language as tl
+    from triton.compiler import ASTSource
+
+    import hip_triton
+
+    (kernel, *kinds), (H, Hkv), M = kernel.split("-"), heads, cfg.budget
+    cfg = replace(cfg, rope_clip=4096 if "rope" in kinds else None)
+    group = (cfg, H // Hkv, 1, D, dtype)
+    constants = {
+        "search": lambda: hip_triton.search_constants(*group, 1 if "step" in kinds else cfg.block_q),
+        "attention": lambda: hip_triton.attention_constants(*group, M),
+        "split": lambda: hip_triton.split_constants(*group, M, 1),
+        "merge": lambda: dict(D=D, PARTS=11),
+        "copy": lambda: dict(KEYS=cfg.block_k, STRIDE=1, D=D),
+    }[kernel]()
+    options = {name: constants[name] for name in OPTIONS if name in constants}
+    fn = getattr(hip_triton, f"{kernel}_kernel")
+    constants = {name: x for name, x in constants.items() if name not in OPTIONS}
+    if "OFFSET" in fn.arg_names:
+        constants["OFFSET"] = tl.int32
+    typed = dict.fromkeys(("p_start", "p_page", "p_slot"), "*i64")
+    typed |= dict.fromkeys(("p_blocks", "p_previous"), "*i32")
+    typed |= dict.fromkeys(("p_part", "p_stat"), "*fp32") | dict(scale="fp32")
+    # strides: of those the last is a constant 1
+    typed |= dict.fromkeys(("s_q", "s_k", "s_v"), ("i32", "i32", "i32", "constexpr"))
+    typed |= {"table": ("*fp32", "*fp32")} if "rope" in kinds else {}
+    typed |= {"paged": ("*i64", "i32")} if "bank" in kinds else {}
+    signature, attrs = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in ("table", "paged") and name not in typed:
+            constants[name] = None
+        plain = "*" + TRITON_NAME[dtype] if name.startswith("p_") else "i32"
+        kind = signature[name] = "constexpr" if name in constants else typed.get(name, plain)
+        for j, part in enumerate(kind) if isinstance(kind, tuple) else ():
+            if part == "constexpr":
+                constants[(i, j)] = 1
+            elif part[0] == "*" or name.startswith("s_"):
+                attrs[(i, j)] = [["tt.divisibility", 16]]
+        if kind[0] == "*":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn, signature, constants, attrs), options
+
+
+def read_cuda(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes spilled and matrix instructions of a cubin."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run(
+                [str(cuobjdump), option, f.name], check=True, capture_output=True, text=True
+            ).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
+    numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = {a or b for a, b in MATRIX.findall(code)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], " ".join(sorted(found))
+
+
+def read_amd(assembly: str) -> tuple[int, int, str]:
+    """Vector registers, bytes of private memory and matrix instructions of a kernel's assembly."""
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
+
+    found = {a or b for a, b in MATRIX.findall(assembly)}
+    return number("vgpr_count"), number("private_segment_fixed_size"), " ".join(sorted(found))
+
+
+def compiled(options: argparse.Namespace) -> Iterator[Row]:
+    """One Row for each combination, as soon as it is compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    todo = itertools.product(options.kernel, options.target, options.dim, options.dtype)
+    for kernel, target, D, dtype in todo:
+        for group in options.heads or ["9/3" if D <= 64 else "32/8"]:
+            H, Hkv = map(int, group.split("/"))
+            what, how = source(kernel, (H, Hkv), D, DTYPES[dtype], HiPConfig())
+            done = triton.compile(what, target=GPUTarget(*TARGETS[target][:3]), options=how)
+            read, kind = (read_cuda, "cubin") if target.startswith("sm_") else (read_amd, "amdgcn")
+            registers, spills, matrix = read(done.asm[kind])
+            yield Row(kernel, group, D, dtype, target, registers, spills, done.metadata.shared, matrix)
+
+
+def prove_compile(options: argparse.Namespace) -> int:
+    """Compile every kernel of hip_triton.py to machine code, without a GPU, and show what became of it.
+
+    Wrong is a kernel with D <= 128 that spills registers (but not in float32, which has no matrix units and
+    is there to compare with, nor with clipped positions on sm_80, whose matrix units take all operands from
+    registers), and one that needs more shared memory than its chip has.  Registers and spills are read from
+    the machine code by the cuobjdump inside Triton's wheel, for gfx942 from its assembly.
+    """
+    try:
+        import triton
+
+        import hip_triton
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    if triton.knobs.runtime.interpret:
+        raise ValueError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    options.dim = options.dim or hip_triton.HEAD_SIZES
+    if wrong := [D for D in options.dim if D not in hip_triton.HEAD_SIZES]:
+        sizes = ", ".join(map(str, hip_triton.HEAD_SIZES))
+        raise ValueError(f"--dim must be of {sizes}, not {wrong[0]}")
+    if wrong := [x for x in options.heads if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", x)]:
+        raise ValueError(f"--heads must be query heads/key heads, such as 32/8, not {wrong[0]!r}")
+    head(*"kernel,heads,D,dtype,target,registers,spills,shared memory,matrix instructions".split(","))
+    problems = []
+    for row in compiled(options):
+        line(*row)
+        problems += filter(None, [row.problem()])
+    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    return int(bool(problems))
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------
+
+ODD = HiPConfig(top_k=32, block_q=16, block_k=8, stride_q=2, stride_k=2, sink=5, window=33)
+CASES = {  # of the memory check
+    "odd": (80, 5, 1, ODD),
+    "odd, clipped": (80, 5, 1, replace(ODD, rope_clip=41)),
+    "odd, the paper's": (80, 4, 2, replace(ODD, score="max", per_head=True)),
+    "clipped": (64, 9, 3, HiPConfig(rope_clip=4096)),
+    "D 64": (64, 9, 3, HiPConfig()),
+    "D 128": (128, 32, 8, HiPConfig()),
+}
+
+
+def prove_gpu(options: argparse.Namespace) -> int:
+    """Run test_hip.py on a GPU, and every kernel under compute-sanitizer.
+
+    The tests run in several processes and the memory checks beside them, of which one has a bug that must be
+    found.  The output of what fails follows the table.
+    """
+    kernels_for("cuda")
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    listed = subprocess.run(
+        [*pytest, "--collect-only", "-q", "test_hip.py"], cwd=ROOT, text=True, capture_output=True
+    )
+    # dealt out one by one, first those that compile kernels: they take longest
+    tests = sorted(re.findall(r"^test_hip\.py::.*", listed.stdout, re.M), key=lambda x: "triton" not in x)
+    hands, pytest = min(12, os.cpu_count() or 1), [*pytest, "-v", "-rfEs", "--tb=short"]
+    memcheck = "compute-sanitizer --tool memcheck --padding 4096 --report-api-errors no --launch-timeout 0"
+    memcheck = [*memcheck.split(), sys.executable, __file__, "case"]  # torch takes long to start
+    jobs = {f"tests {i + 1}": pytest + tests[i::hands] for i in range(hands)}
+    jobs |= {f"memcheck, {x}": [*memcheck, x] for x in (*CASES, "planted")}
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        env = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="2")
+        if "memcheck" in name:  # without torch's own cache of memory it knows where each tensor ends
+            env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        limit = ["timeout", "--signal=KILL", str(options.seconds)]  # all that the job started
+        out = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.run(limit + jobs[name], cwd=ROOT, env=env, text=True, errors="replace", **out)
+
+    total, launched, wrong = Counter(), set(), []
+    head("what", "result")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for name, done in zip(jobs, pool.map(run, jobs), strict=True):
+            ok, last = done.returncode == 0, done.stdout.strip().split("\n")[-1].strip("= ")
+            if "memcheck" in name:
+                errors = int((re.findall(r"SUMMARY: (\d+) err", done.stdout) or [-1])[0])
+                ok, last = errors > 0 if "planted" in name else ok and errors == 0, f"{errors} errors"
+                launched.update(" ".join(re.findall(r"^launched: (.*)", done.stdout, re.M)).split())
+            else:
+                total.update({y: int(x) for x, y in re.findall(r"(\d+) (passed|failed|skipped|error)", last)})
+                last = "; ".join([last, *re.findall(r"^(?:FAILED|ERROR|SKIPPED) .*", done.stdout, re.M)])
+            wrong += [] if ok else [f"{name}:\n{done.stdout[-6000:]}"]
+            line(name, last[:900])
+    missing = {*re.findall(r"^def (\w+_kernel)\(", (ROOT / "hip_triton.py").read_text(), re.M)} - launched
+    line("all tests", ", ".join(f"{n} {x}" for x, n in total.items()))
+    line("kernels not checked", ", ".join(missing) or "none")
+    print(*wrong, sep="\n\n", end="\n" * bool(wrong), file=sys.stderr)
+    return int(bool(wrong or missing))
+
+
+def memory_case(options: argparse.Namespace) -> None:
+    """Launch every kernel at awkward shapes: one of the memory checks of `gpu`.
+
+    compute-sanitizer must find nothing; in "planted" it must.
+    """
+    import triton
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    import hip_triton as kernels
+
+    @triton.jit
+    def planted_kernel(p_x):
+        tl.store(p_x + tl.program_id(0), 0.0)
+
+    kernels_for("cuda")
+    name = options.case
+    if name == "planted":  # more programs than there are numbers: they write past the end
+        planted_kernel[(2000,)](torch.ones(1000, device="cuda"))
+        return torch.cuda.synchronize()
+    (D, H, Hkv, cfg), launched, launch = CASES[name], set(), JITFunction.__getitem__
+    JITFunction.__getitem__ = lambda self, grid: launched.add(self.fn.__name__) or launch(self, grid)
+    dtypes = (torch.bfloat16, torch.float32) if "odd" in name else (torch.bfloat16,)
+    for Tq, dtype in itertools.product((1, 33, 200), dtypes):
+        T, rope, chosen = 2999 if name != "clipped" else 4999, None, None
+        q, k, v = (torch.randn(2, h, t, D).to("cuda", dtype) for h, t in ((H, Tq), (Hkv, T), (Hkv, T)))
+        if cfg.rope_clip:
+            angle = torch.arange(cfg.rope_clip + cfg.block_q)[:, None] * rope_frequencies(1e5, D)
+            rope = angle.cos().cuda(), angle.sin().cuda()
+        for _ in range(2):  # afresh, then remembering
+            chosen = kernels.select_blocks(q, k, cfg, chosen, rope=rope)
+        o = kernels.sparse_attention(q, k, v, chosen, cfg, rope=rope)
+        assert o.isfinite().all(), (Tq, dtype)
+        if rope is None and dtype == torch.bfloat16 and Tq <= cfg.block_q:
+            cache = kernels.OffloadedKVCache((1, 2, Hkv, T, D), H, cfg, dtype, "cuda")
+            cache.append(0, k, v)
+            for _ in range(2):  # all pages missing, then there
+                kernels.select_blocks(q, cache.layer(0), cfg, chosen)
+                paged = kernels.sparse_attention(q, cache.layer(0), cache.layer(0), chosen, cfg)
+            assert torch.equal(paged, o), Tq
+    torch.cuda.synchronize()
+    print("launched:", *launched)
+
+
+# --- bugs planted ------------------------------------------------------------------------------------------
+
 SKIP = shutil.ignore_patterns(".*", "__pycache__", "*.gguf", "*.safetensors")
 FAILED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 CRASHED = re.compile(r"test_hip\.py\", line \d+ in (test_\w+)")
@@ -29,6 +310,92 @@ TESTS = {  # file: which tests are to catch its bugs; the compiler would find no
     "hip.py": "not hip_triton and not compile",
     "hip_triton.py": "hip_triton and not compiles",
 }
+
+
+def killer(tree: Path, file: str) -> str:
+    """The first test of this file that fails in this tree, or ''."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [*"-m pytest -x -q -p no:cacheprovider test_hip.py -k".split(), TESTS[file]]
+    run = subprocess.run([sys.executable, *command], cwd=tree, env=env, capture_output=True, text=True)
+    if run.returncode == 0:
+        return ""
+    if run.returncode < 0:  # read or wrote where no memory is; Python then says in which test
+        return CRASHED.search(run.stderr)[1] + " (crash)"
+    failed = FAILED.search(run.stdout)
+    if run.returncode != 1 or failed is None:
+        raise RuntimeError(f"the tests could not run:\n{run.stdout[-3000:]}{run.stderr[-1000:]}")
+    return failed[1]
+
+
+def fate(mutant: tuple[str, str, str, str]) -> str:
+    """The test that kills this mutant, or '', in a copy of the tree of its own; equal texts are no bug."""
+    file, name, text, other = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=SKIP)
+        code = (tree / file).read_text()
+        if code.count(text) != 1 and text != other:
+            raise RuntimeError(f"not exactly once in {file}: {name}")
+        (tree / file).write_text(code.replace(text, other))
+        return killer(tree, file)
+
+
+def prove_mutants(options: argparse.Namespace) -> int:
+    """Plant bugs, one at a time, and show which test of test_hip.py catches each.
+
+    Each bug goes into a temporary copy of the tree, where the tests of the file that has it run, those of
+    kernels in Triton's interpreter.  Wrong is a bug that survives, one whose text no longer stands exactly
+    once in its file, and a test that fails without any bug.
+    """
+    chosen = [m for m in MUTANTS if all(word in m[1] for word in options.words)]
+    if not chosen:
+        raise ValueError(f"no bug has a name with {' and '.join(options.words)}")
+    head("mutation", "killed by")
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        sound = [pool.submit(fate, (file, "", "", "")) for file in {m[0]: 0 for m in chosen}]
+        for mutant, test in zip(chosen, pool.map(fate, chosen), strict=True):
+            survivors += not test
+            line(f"{mutant[0]}: {mutant[1]}", test or "**nothing**")
+        if failed := ", ".join(filter(None, (x.result() for x in sound))):
+            print(f"without any bug, {failed} fails: the table says nothing", file=sys.stderr)
+    return int(bool(survivors or failed))
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def head(*names: str) -> None:
+    line(*names)
+    line(*["---"] * len(names))
+
+
+def line(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main() -> int:
+    parser = Parser(description=__doc__)
+    runs = dict(compile=prove_compile, gpu=prove_gpu, case=memory_case, mutants=prove_mutants)
+    commands = subcommands(parser, runs)
+    add = commands["compile"].add_argument
+    add("--target", nargs="+", choices=TARGETS, default=[*TARGETS], metavar="T", help=", ".join(TARGETS))
+    add("--dim", nargs="+", type=positive, metavar="D", help="head sizes (all)")
+    add("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], metavar="T", help=", ".join(DTYPES))
+    add("--kernel", nargs="+", choices=KERNELS, default=[*KERNELS], metavar="K", help=", ".join(KERNELS))
+    heads = "query heads/key heads (those of a small model, 9/3, and above D = 64 of a large one, 32/8)"
+    add("--heads", nargs="+", default=[], metavar="H/HKV", help=heads)
+    add = commands["gpu"].add_argument
+    add("--seconds", type=positive, default=240, help="a process that takes longer is ended (%(default)s)")
+    commands["case"].add_argument("case", choices=[*CASES, "planted"])
+    add = commands["mutants"].add_argument
+    add("words", nargs="*", metavar="WORD", help="only bugs whose names have all of these words")
+    add("--jobs", type=positive, default=1, metavar="N", help="how many at a time (%(default)s)")
+    options = parser.parse_args()
+    return runs[options.what](options) or 0
+
+
+# --- the bugs ----------------------------------------------------------------------------------------------
 
 MUTANTS = [  # file, name, text that stands once in it, text in its place
     *(("hip_triton.py", *mutant) for mutant in [
@@ -383,51 +750,5 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
 ]  # fmt: skip
 
 
-def killer(tree: Path, file: str) -> str:
-    """The first test of this file that fails in this tree, or ''."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [*"-m pytest -x -q -p no:cacheprovider test_hip.py -k".split(), TESTS[file]]
-    run = subprocess.run([sys.executable, *command], cwd=tree, env=env, capture_output=True, text=True)
-    if run.returncode == 0:
-        return ""
-    if run.returncode < 0:  # read or wrote where no memory is; Python then says in which test
-        return CRASHED.search(run.stderr)[1] + " (crash)"
-    failed = FAILED.search(run.stdout)
-    if run.returncode != 1 or failed is None:
-        raise RuntimeError(f"the tests could not run:\n{run.stdout[-3000:]}{run.stderr[-1000:]}")
-    return failed[1]
-
-
-def fate(mutant: tuple[str, str, str, str]) -> str:
-    """The test that kills this mutant, or '', in a copy of the tree of its own; equal texts are no bug."""
-    file, name, text, other = mutant
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=SKIP)
-        code = (tree / file).read_text()
-        if code.count(text) != 1 and text != other:
-            raise RuntimeError(f"not exactly once in {file}: {name}")
-        (tree / file).write_text(code.replace(text, other))
-        return killer(tree, file)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("words", nargs="*", help="only mutants whose names have all of these words")
-    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (%(default)s)")
-    options = parser.parse_args()
-    chosen = [m for m in MUTANTS if all(word in m[1] for word in options.words)]
-    print("| mutation | killed by |\n| --- | --- |", flush=True)
-    survivors = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        sound = [pool.submit(fate, (file, "", "", "")) for file in {m[0]: 0 for m in chosen}]
-        for mutant, test in zip(chosen, pool.map(fate, chosen), strict=True):
-            survivors += not test
-            print(f"| {mutant[0]}: {mutant[1]} | {test or '**nothing**'} |", flush=True)
-        if failed := ", ".join(filter(None, (x.result() for x in sound))):
-            print(f"without any bug, {failed} fails: the table says nothing", file=sys.stderr)
-    return 1 if survivors or failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

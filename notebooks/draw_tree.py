@@ -1,15 +1,20 @@
 """Draw the README's picture of the pruning tree: one query, the rounds of the search, the scores below.
 
-`python extras/draw_tree.py` writes extras/tree.svg.
+`python notebooks/draw_tree.py` writes notebooks/tree.svg.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib
 import torch
-from measuring import ScoreTable
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "extras"))
+
+from measuring import ScoreTable  # noqa: E402
 
 
 def main() -> None:
@@ -38,7 +43,7 @@ def main() -> None:
     curve.plot(scores, c="black", lw=1)
     curve.set(xlabel="key block", ylabel="score")
     figure.suptitle("Blocks that each round scores (circles), and the four that are kept (grey)", fontsize=10)
-    figure.savefig(Path(__file__).parent / "tree.svg", metadata={"Date": None})
+    figure.savefig(HERE / "tree.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
