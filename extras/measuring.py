@@ -279,7 +279,7 @@ def read(context: Context, tokens: torch.Tensor, seconds: float = math.inf, what
 
 def watch(context: Context, see: Callable) -> None:
     """Call see(layer, q, k, v) behind every attention of the context."""
-    attend = context.attend
+    attend, context.end = context.attend, None  # a step that was recorded would call nothing
 
     def seeing(layer, q, k, v, *more, **named):
         o = attend(layer, q, k, v, *more, **named)
