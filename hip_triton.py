@@ -462,6 +462,7 @@ def attention_kernel(
     s_q,
     s_k,
     s_v,
+    s_o,
     Tq,
     Tk,
     scale,
@@ -481,7 +482,7 @@ def attention_kernel(
 
     Grid (NQ * PARTS, S, B); a program owns ROWS rows of one query block, 1 / PARTS of it: row r of the block
     is query r % BLOCK_Q of head r // BLOCK_Q of the group.  p_blocks: (B, S, NQ, M) int32, p_start: (NQ,)
-    int64, p_o: (B, H, Tq, D).  table: cos and sin, or None.  All but q, k and v are contiguous.
+    int64, p_o: (B, H, Tq, D), stride 1 in D.  table: cos and sin, or None; this, blocks and start contiguous.
     Masks: m_r rows that exist, the padding of D; else as `attend`.  Accumulates in float32.
     """
     PARTS: tl.constexpr = (GROUP * BLOCK_Q + ROWS - 1) // ROWS
@@ -506,7 +507,8 @@ def attention_kernel(
     rows, tokens = (b_q, o_last, scale), (p_blocks, count, sink, start, end, None, 0)
     b_acc, b_m, b_l = attend(0, whole, b_acc, b_m, b_l, rows, keys, values, tokens, False, D, BLOCK_K, TILE)
     b_acc, b_m, b_l = attend(whole, last, b_acc, b_m, b_l, rows, keys, values, tokens, True, D, BLOCK_K, TILE)
-    p_o += (((i_g * GROUP + o_h) * Tq + o_row) * D)[:, None] + o_d[None, :]
+    o_o = o_h.to(tl.int64) * s_o[1] + o_row.to(tl.int64) * s_o[2]
+    p_o = head(p_o, s_o, i_b, i_s * GROUP) + o_o[:, None] + o_d[None, :]
     tl.store(p_o, (b_acc / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
 
 
@@ -575,13 +577,14 @@ def split_kernel(
 
 
 @triton.jit
-def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr):
+def merge_kernel(p_part, p_stat, p_o, s_o, D: tl.constexpr, PARTS: tl.constexpr):
     """Softmax over all from the softmax of the parts: the other half of hip.sparse_attention for decoding.
 
-    Grid (B * H * Tq,); a program owns one query of one head.  Masks: m_s parts that exist, m_d the padding of
-    D.  Accumulates in float32.
+    Grid (Tq, H, B); a program owns one query of one head.  p_o: stride 1 in D.  Masks: m_s parts that exist,
+    m_d the padding of D.  Accumulates in float32.
     """
-    i_q = tl.program_id(0).to(tl.int64)
+    i_t, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_q = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + i_t
     o_s, o_d = tl.arange(0, triton.next_power_of_2(PARTS)), tl.arange(0, triton.next_power_of_2(D))
     m_s, m_d = o_s < PARTS, o_d < D
     o_s += i_q * PARTS
@@ -590,7 +593,8 @@ def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr):
     b_part = tl.load(p_part + o_s[:, None] * D + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
     b_w = tl.exp2(b_m - tl.max(b_m, 0))
     b_o = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_l * b_w, 0)
-    tl.store(p_o + i_q * D + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
+    p_o = head(p_o, s_o, i_b, i_h) + i_t * s_o[2] + o_d
+    tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_d)
 
 
 def sparse_attention(
@@ -617,25 +621,25 @@ def sparse_attention(
     if isinstance(k, Pages):
         k, v, paged, lost = resident(k, selection, cfg)
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
-    o, S, M = torch.empty(B, H, Tq, D, dtype=q.dtype, device=q.device), *blocks.shape[1::2]
+    # in the order of hidden states, where a model needs it next
+    o, S, M = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2), *blocks.shape[1::2]
     scale = (D**-0.5 if scale is None else scale) / math.log(2)  # for powers of two
-    more = q.stride(), k.stride(), v.stride(), Tq, Tk, scale
+    strides = q.stride(), k.stride(), v.stride()
     sizes, OFFSET = (cfg, H // S, S // Hkv, D, q.dtype, M), offset(k, v)
     with torch.cuda.device_of(q):
         if NQ > 1 or H // S * Tq > SPLIT_ROWS and paged is None and length is None:
             constants = attention_constants(*sizes)
             grid = NQ * -(-H // S * cfg.block_q // constants["ROWS"]), S, B
+            more = *strides, o.stride(), Tq, Tk, scale
             attention_kernel[grid](q, k, v, blocks, start, o, table(rope), *more, OFFSET=OFFSET, **constants)
         else:
             most = M * cfg.block_k + cfg.sink + cfg.window + 2 * cfg.block_k
             shape = B, H, Tq, min(MOST_PARTS, -(-most // SPLIT_TOKENS))
             part, stat = (torch.empty(*shape, n, dtype=torch.float32, device=q.device) for n in (D, 2))
-            arguments, constants = (
-                (part, stat, length, table(rope), paged, *more),
-                split_constants(*sizes, Tq),
-            )
-            split_kernel[shape[3], S, B](q, k, v, blocks, start, *arguments, OFFSET=OFFSET, **constants)
-            merge_kernel[(B * H * Tq,)](part, stat, o, D=D, PARTS=shape[3])
+            more = part, stat, length, table(rope), paged, *strides, Tq, Tk, scale
+            constants = split_constants(*sizes, Tq)
+            split_kernel[shape[3], S, B](q, k, v, blocks, start, *more, OFFSET=OFFSET, **constants)
+            merge_kernel[Tq, H, B](part, stat, o, o.stride(), D=D, PARTS=shape[3])
     return o if lost is None else o.masked_fill_(lost, math.nan)
 
 
@@ -823,7 +827,8 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
     if kernel == "split":
         return dict(ROWS=ROWS, TILE=64, num_warps=2 if wide else 4, num_stages=2)
     if ROWS <= 32:  # decoding
-        return dict(ROWS=ROWS, TILE=32 if clip else 64, num_warps=4 if clip else 2, num_stages=3)
+        TILE = 32 if clip else 64 if D > 128 else 128 if wide else 256
+        return dict(ROWS=ROWS, TILE=TILE, num_warps=8 if TILE == 256 else 4 if clip else 2, num_stages=3)
     return dict(ROWS=ROWS, TILE=64, num_warps=4 if ROWS <= 128 else 8, num_stages=1 if clip else 2)
 
 
