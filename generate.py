@@ -228,6 +228,10 @@ def run(options: argparse.Namespace) -> None:
         except ImportError as error:
             raise ValueError(f"--attention hip-triton: {error}") from error
     model, tokenizer = load(options.model, DTYPES.get(options.dtype), options.device)
+    if method == "dense" and model.device.type == "cuda":  # so that its steps can be recorded, too
+        with contextlib.suppress(ImportError):
+            triton = importlib.import_module("hip_triton")
+            kernels = triton if model.config.head_size in triton.HEAD_SIZES else hip
     if text is None:
         text, key = make_passkey(tokenizer, options.make_passkey, options.passkey_depth, options.seed)
         print(text, end="", flush=True)  # a last newline would be a token more

@@ -828,7 +828,9 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
         return dict(ROWS=ROWS, TILE=64, num_warps=2 if wide else 4, num_stages=2)
     if ROWS <= 32:  # decoding
         TILE = 32 if clip else 64 if D > 128 else 128 if wide else 256
-        return dict(ROWS=ROWS, TILE=TILE, num_warps=8 if TILE == 256 else 4 if clip else 2, num_stages=3)
+        return dict(
+            ROWS=ROWS, TILE=TILE, num_warps=8 if TILE == 256 else 2 if TILE == 64 else 4, num_stages=3
+        )
     return dict(ROWS=ROWS, TILE=64, num_warps=4 if ROWS <= 128 else 8, num_stages=1 if clip else 2)
 
 

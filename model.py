@@ -499,18 +499,17 @@ def generate(
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
-        logits = context.model.logits(hidden[0, -1]).cpu()  # (vocabulary,)
-        if not logits.isfinite().all():
+        logits = context.model.logits(hidden[0, -1])  # (vocabulary,)
+        token, finite = torch.stack([logits.argmax(), logits.isfinite().all()]).tolist()  # asked for at once
+        if not finite:
             raise ValueError("scores of the next token are NaN or infinite: use another dtype or model")
         if temperature > 0:  # the best becomes 0, which no temperature makes infinite
-            likely = ((logits - logits.max()).double() / temperature).softmax(-1).float()
+            likely = ((logits.cpu() - logits.max().cpu()).double() / temperature).softmax(-1).float()
             token = int(torch.multinomial(likely, 1, generator=generator))
-        else:
-            token = int(logits.argmax())
         if token in eos:
             return
         yield token
-        hidden = context.decode(torch.tensor([[token]], device=context.model.device))
+        hidden = context.decode(torch.tensor([[token]]))
 
 
 # --- loading -----------------------------------------------------------------------------------------------

@@ -43,9 +43,10 @@ TARGETS = {  # name: arguments of Triton's GPUTarget, shared memory of one progr
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = (  # -step: of a single query, -rope: with clipped positions, -bank: from an offloaded cache
+KERNELS = (  # -rope: positions are clipped, or turned by fill; -step: of a single query, from a cache
+    # that is `Begun`; -bank: from an offloaded cache
     "search", "search-rope", "search-step", "search-step-rope", "attention", "attention-rope",
-    "split", "split-rope", "split-bank", "merge", "copy",
+    "split", "split-rope", "split-bank", "split-step", "merge", "copy", "fill", "fill-rope", "fill-step-rope",
 )  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
@@ -89,6 +90,7 @@ def source(
         "split": lambda: hip_triton.split_constants(*group, M, 1),
         "merge": lambda: dict(D=D, PARTS=11),
         "copy": lambda: dict(KEYS=cfg.block_k, STRIDE=1, D=D),
+        "fill": lambda: dict(H=H, HKV=Hkv, D=D, ROWS=32),
     }[kernel]()
     options = {name: constants[name] for name in OPTIONS if name in constants}
     fn = getattr(hip_triton, f"{kernel}_kernel")
@@ -99,12 +101,13 @@ def source(
     typed |= dict.fromkeys(("p_blocks", "p_previous"), "*i32")
     typed |= dict.fromkeys(("p_part", "p_stat"), "*fp32") | dict(scale="fp32")
     # strides: of those the last is a constant 1
-    typed |= dict.fromkeys(("s_q", "s_k", "s_v"), ("i32", "i32", "i32", "constexpr"))
+    typed |= dict.fromkeys(("s_h", "s_q", "s_k", "s_v", "s_o"), ("i32", "i32", "i32", "constexpr"))
     typed |= {"table": ("*fp32", "*fp32")} if "rope" in kinds else {}
     typed |= {"paged": ("*i64", "i32")} if "bank" in kinds else {}
+    typed |= {"p_length": "*i64"} if "step" in kinds else {}
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
-        if name in ("table", "paged") and name not in typed:
+        if name in ("table", "paged", "p_length") and name not in typed:
             constants[name] = None
         plain = "*" + TRITON_NAME[dtype] if name.startswith("p_") else "i32"
         kind = signature[name] = "constexpr" if name in constants else typed.get(name, plain)
