@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import hip
-from hip import HiPConfig, Pages, Rope, Selection
+from hip import HiPConfig, Keys, Pages, Rope, Selection
 
 try:
     import triton
@@ -305,13 +305,7 @@ def search_kernel(
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor | Pages,
-    cfg: HiPConfig,
-    previous: Selection | None = None,
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
+    q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None = None, *, scale=None, rope=None
 ) -> Selection:
     """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`.
 
@@ -320,8 +314,9 @@ def select_blocks(
     """
     keys = hip.source(q, (k,), cfg, scale, rope)
     check_device(q, previous or (), "previous")
-    (B, H, Tq, D), (_, Hkv, Tk, _), S = q.shape, keys.shape, hip.searches(q, keys, cfg)
-    NQ, group = -(-Tq // cfg.block_q), (cfg, H // S, S // Hkv, D, q.dtype)
+    (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, keys.shape
+    S, NQ = H if cfg.per_head else Hkv, -(-Tq // cfg.block_q)
+    group = cfg, H // S, S // Hkv, D, q.dtype
     constants = search_constants(*group, min(Tq, cfg.block_q))
     if previous is not None:
         hip.check_selection(previous, "previous", B, (S,), NQ)
@@ -560,14 +555,7 @@ def merge_kernel(p_part, p_stat, p_o, D: tl.constexpr, PARTS: tl.constexpr):
 
 
 def sparse_attention(
-    q: Tensor,
-    k: Tensor | Pages,
-    v: Tensor | Pages,
-    selection: Selection,
-    cfg: HiPConfig,
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
+    q: Tensor, k: Keys, v: Keys, selection: Selection, cfg: HiPConfig, *, scale=None, rope=None
 ) -> Tensor:
     """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`.
 
@@ -601,14 +589,7 @@ def sparse_attention(
 
 
 def hip_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cfg: HiPConfig,
-    selection: Selection | None = None,
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
+    q: Tensor, k: Keys, v: Keys, cfg: HiPConfig, selection: Selection | None = None, *, scale=None, rope=None
 ) -> tuple[Tensor, Selection]:
     """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
     selection = select_blocks(q, k, cfg, scale=scale, rope=rope) if selection is None else selection

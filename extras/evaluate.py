@@ -75,11 +75,9 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     if previous is None:
         return kernels.select_blocks(q, k, cfg, rope=rope)
     keys, blocks, M = hip.source(q, (k,), cfg, None, rope), previous.blocks, cfg.budget
-    for _, x in hip.searching_blocks(q, keys, cfg, None):  # the one query block that there is
-        old = blocks.flatten(0, 2).long()  # (G, M or more)
-        old = old.where(old >= 0, hip.NO_BLOCK)
-        scores = hip.score_blocks(x, keys.thin(cfg.stride_k, copy=False), old, cfg)
-        blocks = hip.best_of(old, scores, M).int().view(*blocks.shape[:3], M)
+    for _, _, score in hip.searching_blocks(q, keys, cfg, None):  # the one query block that there is
+        old = blocks.long().where(blocks >= 0, hip.NO_BLOCK)  # (B, S, 1, M or more)
+        blocks = hip.best_of(old, score(old), M).int()
     return Selection(blocks, hip.domain(1, k.shape[2], cfg, q.device)[1] * cfg.block_k)
 
 
@@ -304,11 +302,12 @@ def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
 def weights(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, rope: hip.Rope | None = None) -> torch.Tensor:
     """Dense attention of one query block, the mean of its rows: (H, Tk)."""
     (_, H, _, _), (_, Hkv, Tk, _), keys = q.shape, k.shape, hip.source(q, (k,), cfg, None, rope)
-    x = hip.query_blocks(q, keys, slice(0, 1), Hkv, cfg)
-    every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(Hkv, -1)
-    tokens, b_k = hip.gather(x, keys, every, cfg)  # (1, any), (Hkv, any, D)
-    s = (x.q @ b_k.float().transpose(1, 2) * x.scale).masked_fill(hip.later(x, tokens), -math.inf)
-    return s.softmax(-1).view(H, -1, s.shape[2]).mean(1)[:, :Tk]
+    hi = torch.zeros(1, dtype=torch.int64, device=q.device)
+    ((_, x),) = hip.query_blocks(q.unflatten(1, (Hkv, -1)), keys, hi, cfg, None)
+    every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(1, Hkv, 1, -1)
+    tokens, b_k = hip.gather(x, keys, every, cfg)  # (1, Hkv, 1, any), (.., D)
+    s = (x.q @ b_k.float().transpose(3, 4) * x.scale).masked_fill(hip.later(x, tokens), -math.inf)
+    return s.softmax(-1).view(H, -1, s.shape[4]).mean(1)[:, :Tk]
 
 
 def mass_of(weight: torch.Tensor, selection: Selection, cfg: HiPConfig) -> torch.Tensor:
