@@ -11,16 +11,8 @@ Work is shared in blocks, so that all of it is matrix products: a *query block* 
 queries of all query heads that share a key head, and it chooses blocks of `block_k` keys for all its rows.
 
 Paper: "A Training-Free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned
-Attention", ICLR 2025, arXiv 2406.09827.  `Alg. 1, l. n` below points into its Algorithm 1.
-
-    paper   code               meaning
-    k       top_k              keys that the search may choose for a query block
-    b_q     block_q            consecutive queries that share one selection
-    b_k     block_k            keys in a block, the unit that is chosen
-    b_sq    stride_q           every stride_q-th query of a block takes part in the search
-    b_sk    stride_k           every stride_k-th key of a block takes part in the search
-    l_d     dense_layers       first layers of the model that attend densely
-    r_m     refresh_interval   decoding steps that share one selection
+Attention", ICLR 2025, arXiv 2406.09827.  `Alg. 1, l. n` below points into its Algorithm 1; its symbols stand
+beside the fields of `HiPConfig`.
 
     B texts, H query heads, Hkv key heads, Tq and Tk tokens, D head size
     S heads that search (Hkv, or H with per_head), NQ query blocks of each, n of them worked on at a time
@@ -66,11 +58,11 @@ class HiPConfig:
     per_head=True, dense_layers=3, decode_factor=1, dense_tail=0, memory=False)`.
     """
 
-    top_k: int = 2048
-    block_q: int = 64
-    block_k: int = 32
-    stride_q: int = 2
-    stride_k: int = 4
+    top_k: int = 2048  # k: keys that the search may choose for a query block
+    block_q: int = 64  # b_q: consecutive queries that share one selection
+    block_k: int = 32  # b_k: keys in a block, the unit that is chosen
+    stride_q: int = 2  # b_sq: every stride_q-th query of a block takes part in the search
+    stride_k: int = 4  # b_sk: every stride_k-th key of a block takes part in the search
     sink: int = 16  # first tokens, rounded up to whole blocks: always attended to
     window: int = 256  # latest positions that a query sees at least, itself included
     representative: str = "center"  # block that stands for a branch: "center", "first" or "last"
@@ -78,32 +70,33 @@ class HiPConfig:
     per_head: bool = False  # a search for each query head, as in the paper, not for each key head
     rope_clip: int | None = None  # distance from which on keys are equally far (`rotated`); None: none is
     # of the model:
-    dense_layers: int = 0
-    refresh_interval: int = 8  # decoding steps
+    dense_layers: int = 0  # l_d: first layers, which attend densely
+    refresh_interval: int = 8  # r_m: decoding steps that share one selection
     decode_factor: int = 2  # by how much more decoding chooses, and of how many more keys (`decoding`)
     dense_tail: int = 64  # last queries of a prompt that attend densely
     memory: bool = True  # decoding begins with the best blocks of a prompt's end, and refreshes remember
 
     def __post_init__(self):
-        def check(ok: bool, name: str, wanted: str):
+        def check(name: str, ok: bool, wanted: str):
             if not ok:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
         for f in fields(self):
             x, least = getattr(self, f.name), 0 if f.name in ("sink", "dense_layers", "dense_tail") else 1
-            if f.type == "bool":
-                check(type(x) is bool, f.name, "True or False")
+            whole, wanted = type(x) is int and x >= least, f"a whole number of at least {least}"
             if f.type == "int":
-                check(type(x) is int and x >= least, f.name, f"a whole number of at least {least}")
-        x = self.rope_clip
-        check(x is None or type(x) is int and x >= 1, "rope_clip", "None or a whole number of at least 1")
+                check(f.name, whole, wanted)
+            if f.type == "int | None":
+                check(f.name, whole or x is None, "None or " + wanted)
+            if f.type == "bool":
+                check(f.name, type(x) is bool, "True or False")
         for name in ("top_k", "block_q", "block_k", "decode_factor"):
-            check(getattr(self, name).bit_count() == 1, name, "a power of two")
-        check(self.top_k % self.block_k == 0, "top_k", f"a multiple of block_k={self.block_k}")
-        check(self.block_q % self.stride_q == 0, "stride_q", f"a divisor of block_q={self.block_q}")
-        check(self.block_k % self.stride_k == 0, "stride_k", f"a divisor of block_k={self.block_k}")
-        check(self.representative in ("center", "first", "last"), "representative", "center, first or last")
-        check(self.score in ("mass", "max"), "score", "mass or max")
+            check(name, getattr(self, name).bit_count() == 1, "a power of two")
+        check("top_k", self.top_k % self.block_k == 0, f"a multiple of block_k={self.block_k}")
+        check("stride_q", self.block_q % self.stride_q == 0, f"a divisor of block_q={self.block_q}")
+        check("stride_k", self.block_k % self.stride_k == 0, f"a divisor of block_k={self.block_k}")
+        check("representative", self.representative in ("center", "first", "last"), "center, first or last")
+        check("score", self.score in ("mass", "max"), "mass or max")
 
     @property
     def budget(self) -> int:  # M
@@ -145,7 +138,7 @@ def in_float32(function: Callable) -> Callable:
 def hip_attention(
     q: Tensor, k: Keys, v: Keys, cfg: HiPConfig, selection: Selection | None = None, *, scale=None, rope=None
 ) -> tuple[Tensor, Selection]:
-    """Search, unless a selection is given, then attend: (o, selection).  Arguments and errors: as below."""
+    """Search, unless a selection is given, then attend: (o, selection).  Arguments and errors as below."""
     selection = select_blocks(q, k, cfg, scale=scale, rope=rope) if selection is None else selection
     return sparse_attention(q, k, v, selection, cfg, scale=scale, rope=rope), selection
 
@@ -163,13 +156,12 @@ def select_blocks(
     q: (B, H, Tq, D), k: (B, Hkv, Tk, D); float32, float16 or bfloat16; scores are taken in float32.
     previous: an earlier selection of as many searches and query blocks; its blocks stay candidates.
     scale: float, factor on q . k, default D ** -0.5.
-    rope: with cfg.rope_clip, cos and sin of positions 0, 1, ...: (rope_clip + block_q or more, D / 2) float32
-    each; q and k are then not rotated yet (`rotated`).
+    rope: with cfg.rope_clip, for q and k that are not rotated yet (`rotated`): cos and sin of positions 0, 1,
+    ..., rope_clip + block_q of them or more.
 
-    Returns a Selection.  Raises ValueError when shapes, dtypes or devices do not fit together.
+    Returns a Selection.  ValueError when shapes, dtypes or devices do not fit together.
     All queries of a block make its choice: which blocks of the past one of them gets can depend on later ones
     and, with "mass", on keys that these see; on nothing behind the block.  Attention itself is causal.
-
     Differs from the paper: one search for the query heads that share a key head (not with cfg.per_head); a
     score that estimates attention mass (not with cfg.score="max"); `previous`, whose better blocks stay.
     """
@@ -191,10 +183,10 @@ def select_blocks(
 
 
 def domain(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device | str = "cpu") -> tuple[int, Tensor]:
-    """Blocks [lo, hi) that a query block may choose from: behind the sink, before the window.
+    """Blocks [lo, hi) to choose from, behind the sink, before the window: lo of all, hi (NQ,) int64.
 
-    Returns lo, the same for all, and hi, (NQ,) int64.  A domain ends before the window of the block's *first*
-    query begins, so it lies in the past of every query of the block and needs no causal mask.
+    A domain ends before the window of the block's *first* query begins, so it lies in the past of every query
+    of the block and needs no causal mask.
     """
     start = torch.arange(Tk - Tq, Tk, cfg.block_q, device=device)  # (NQ,) position of a block's first query
     lo = cfg.sink_blocks
@@ -212,11 +204,10 @@ def searching_blocks(q, keys, cfg, scale) -> Iterator[tuple[slice, QueryBlocks, 
 
 
 def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tuple[Tensor, Tensor]:
-    """Paper Alg. 1: the blocks of [lo, hi) that survive the tree search, and their scores: (.., M) each.
+    """Paper Alg. 1: the blocks of domains [lo, hi (..)) that survive, and their scores: (.., M) each.
 
-    hi: (..) whole numbers; score: gives blocks (.., C) their scores.
-    A domain of at most M blocks is returned whole: attention is then dense.  Of one of at most 2 * M all
-    blocks are scored: the choice is then the oracle's.  Nodes that are empty end as NO_BLOCK.
+    score: gives blocks (.., C) their scores.  Nodes that are empty end as NO_BLOCK.  A domain of at most M
+    blocks is returned whole: attention is then dense.  Of at most 2 * M all are scored: `oracle_blocks`.
     """
     M, lo, n = cfg.budget, cfg.sink_blocks, (hi - cfg.sink_blocks)[..., None]
     bounds = lo + n * torch.arange(M + 1, device=n.device) // M  # rounded down; the paper rounds to nearest
@@ -242,10 +233,10 @@ def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tup
 def score_blocks(x: QueryBlocks, keys: Rows | Pages, seen: Tensor, cfg: HiPConfig, blocks: Tensor) -> Tensor:
     """What key blocks (B, S, n, C) are worth to their query blocks: as many float32, at least LOWEST.
 
-    "max": the largest product of all.  "mass": the logarithm of the sum over rows of exp(largest product of
-    the row) / (sum of exp over what the row sees anyway), so that no row outvotes the rest by being loud.
+    "max": the largest product.  "mass": the logarithm of the sum over rows of exp(largest product of the row)
+    / (sum of exp over what the row sees anyway), so that no row outvotes the rest by being loud.
     """
-    _, b_k = gather(x, keys, blocks, cfg)  # (B, S, n, C * N, D)
+    b_k, *_ = gather(x, keys, blocks, cfg)  # (B, S, n, C * N, D)
     s = (b_k.float() @ x.q.transpose(3, 4)).unflatten(3, (blocks.shape[3], -1))  # (B, S, n, C, N, R)
     s = s.amax(4) * x.scale - seen[:, :, :, None]  # (B, S, n, C, R); scale > 0
     s = s.logsumexp(4) if cfg.score == "mass" else s.amax(4)
@@ -255,13 +246,14 @@ def score_blocks(x: QueryBlocks, keys: Rows | Pages, seen: Tensor, cfg: HiPConfi
 def seen_anyway(x: QueryBlocks, keys: Rows | Pages, cfg: HiPConfig) -> Tensor:
     """What the scores of each row are compared with: (B, S, n, R) float32, inf for a row that does not exist.
 
-    "mass": the logarithm of the sum of exp over its products with all keys in sink and window; "max": 0.
+    "mass": logsumexp of its products with all keys in sink and window; "max": 0.
     """
     seen = torch.zeros(x.q.shape[:4], dtype=torch.float32, device=x.q.device)
     if cfg.score == "mass":
-        tokens, b_k, *_ = gather(x, keys, sink_and_window(x.hi, x.last, cfg), cfg)
+        blocks = sink_and_window(x, cfg)
+        b_k, *_ = gather(x, keys, blocks, cfg)
         s = x.q * x.scale @ b_k.float().transpose(3, 4)  # (B, S, n, R, C * N)
-        seen = s.masked_fill_(later(x, tokens), -math.inf).logsumexp(4)
+        seen = s.masked_fill_(later(x, blocks, cfg), -math.inf).logsumexp(4)
     return seen.masked_fill(x.first[:, None] + x.row >= keys.shape[2], math.inf)
 
 
@@ -294,9 +286,8 @@ def sparse_attention(
     """Exact attention over sink, selected blocks and window.  (Paper section 3.2, block sparse attention)
 
     q: (B, H, Tq, D); k, v: (B, Hkv, Tk, D); one dtype.  scale, rope: as `select_blocks`.
-    selection: from `select_blocks`, `oracle_blocks` or `random_blocks`, or an earlier one: the window then
-    reaches from its own window_start to the query, however long that has become.  How many query heads share
-    its blocks is told by their shape.
+    selection: of as many searches as its shape says.  It may be an earlier one: the window then reaches from
+    its own window_start to the query, however long that has become.
 
     Returns (B, H, Tq, D) in q's dtype; scores and softmax are float32.  ValueError when inputs do not fit.
     """
@@ -310,9 +301,9 @@ def sparse_attention(
         chosen = blocks[:, :, i].long()  # (B, S, n, M)
         chosen = chosen[..., (chosen >= 0).flatten(0, 2).any(0)]  # what is padding for all is not gathered
         chosen = chosen.where(chosen >= 0, NO_BLOCK)
-        chosen = torch.cat([chosen, sink_and_window(x.hi, x.last, cfg)], 3)
-        tokens, b_k, b_v = gather(x, keys, chosen, cfg)  # (B, S, n, C * N), twice (.., D)
-        unseen = later(x, tokens)  # (.., R, C * N)
+        chosen = torch.cat([chosen, sink_and_window(x, cfg)], 3)
+        b_k, b_v = gather(x, keys, chosen, cfg)  # (B, S, n, C * N, D)
+        unseen = later(x, chosen, cfg)  # (.., R, C * N)
         mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)  # added to the scores
         b_q, b_k, b_v, mask = (y.to(dtype).flatten(0, 1) for y in (x.q, b_k, b_v, mask))
         o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (B * S, n, R, D)
@@ -328,93 +319,85 @@ class QueryBlocks(NamedTuple):
 
     q: Tensor  # (B, S, n, R, D) float32; R counts heads of a group, then rows
     row: Tensor  # (R,) where in its query block a row stands
-    first: Tensor  # (n,) position of a block's first row; of Tk or more: no such row
+    first: Tensor  # (n,) position of a block's first row; rows at Tk and behind do not exist
     last: Tensor  # (n,) key block in which the last row stands
     hi: Tensor  # (B, S, n) key block with which the window begins: the end of a domain
     scale: float
 
 
 def query_blocks(q, keys, hi, cfg, scale, stride=1) -> Iterator[tuple[slice, QueryBlocks]]:
-    """All query blocks of q (B, S, H / S, Tq, D), a run at a time, with windows from key blocks hi (NQ,).
+    """All query blocks of q (B, S, H / S, Tq, D), some at a time, with windows from key blocks hi (NQ,).
 
     stride: of the rows that take part.  keys: `Rows` or `Pages`.
     """
     (B, S, group, Tq, D), Tk, R = q.shape, keys.shape[2], min(cfg.block_q, q.shape[3])
-    row = torch.arange(0, R, stride, device=q.device)
-    for i in runs(len(hi), B * S, cfg):
+    row, scale = torch.arange(0, R, stride, device=q.device), D**-0.5 if scale is None else scale
+    # so many at a time that what they gather fits the cache, and a power of two, so that a prompt is cut alike
+    # in pieces of any multiple of PIECE queries
+    n = min(GATHERED // (B * S * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q)), PIECE // cfg.block_q)
+    n = 1 << max(1, n).bit_length() - 1
+    for i in (slice(start, min(len(hi), start + n)) for start in range(0, len(hi), n)):
         first = torch.arange(i.start * R, i.stop * R, R, device=q.device)
         b_q = q[:, :, :, (first[:, None] + row).clamp(max=Tq - 1)].float()  # (B, S, H / S, n, rows, D)
         if keys.rope is not None:  # a query block begins at position rope_clip (`rotated`)
             b_q = rotate(b_q, *(y[cfg.rope_clip + row] for y in keys.rope))
         b_q, first = b_q.transpose(2, 3).flatten(3, 4), first + Tk - Tq  # (B, S, n, R, D)
         last = (first + row[-1]).clamp(max=Tk - 1) // cfg.block_k
-        hi_i, scale = hi[i].expand(B, S, -1), D**-0.5 if scale is None else scale
-        yield i, QueryBlocks(b_q, row.repeat(group), first, last, hi_i, scale)
+        yield i, QueryBlocks(b_q, row.repeat(group), first, last, hi[i].expand(B, S, -1), scale)
 
 
-def runs(NQ: int, heads: int, cfg: HiPConfig) -> list[slice]:
-    """NQ query blocks, so many at a time that the keys which they look at, for so many heads, fit the cache.
-
-    Powers of two, so that a prompt read in pieces of any multiple of PIECE queries has the same runs.
-    """
-    size = GATHERED // (heads * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q))
-    size = 1 << max(1, min(size, PIECE // cfg.block_q)).bit_length() - 1
-    return [slice(start, min(NQ, start + size)) for start in range(0, NQ, size)]
+def sink_and_window(x: QueryBlocks, cfg: HiPConfig) -> Tensor:
+    """Key blocks (B, S, n, C) that query blocks see in any case; some may be later than all rows."""
+    sink = torch.arange(min(cfg.sink_blocks, int(x.last.max()) + 1), device=x.q.device)
+    window = torch.arange(max(0, int((x.last + 1 - x.hi).max())), device=x.q.device)
+    return torch.cat([sink.expand(*x.hi.shape, -1), x.hi[..., None] + window], 3)
 
 
-def sink_and_window(hi: Tensor, last: Tensor, cfg: HiPConfig) -> Tensor:
-    """Key blocks (.., n, C) seen anyway, with windows from hi (.., n) to last (n,); some may be later."""
-    sink = torch.arange(min(cfg.sink_blocks, int(last.max()) + 1), device=hi.device).expand(*hi.shape, -1)
-    window = torch.arange(max(0, int((last + 1 - hi).max())), device=hi.device)
-    return torch.cat([sink, hi[..., None] + window], -1)
-
-
-def later(x: QueryBlocks, tokens: Tensor) -> Tensor:
-    """The causal mask: which tokens (B, S, n, C * N) are later than which rows, or padding: (.., R, C * N).
+def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig) -> Tensor:
+    """The causal mask: which keys of blocks (B, S, n, C) are later than which rows, or none: (.., R, C * N).
 
     All rows of a query block see what lies before its first.  Where query blocks differ in that alone, one
     mask, (1, 1, 1, R, C * N), is enough.
     """
+    tokens = (blocks[..., None] * cfg.block_k + torch.arange(cfg.block_k, device=blocks.device)).flatten(3)
     behind = (tokens - x.first[:, None]).clamp(min=0)  # by how much a token is later than the first row
     one = behind[:1, :1, :1]
     return (one if (behind == one).all() else behind)[..., None, :] > x.row[:, None]
 
 
 def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig) -> list[Tensor]:
-    """Tokens (B, S, n, C * N) of key blocks (B, S, n, C), keys (.., D) as x sees them, values (.., D)."""
+    """Keys (B, S, n, C * N, D) of blocks (B, S, n, C), as these query blocks see them, and values if any."""
     b_k, *b_v = keys.take(blocks)  # (B, S, n, C, N, D)
-    inside = torch.arange(0, cfg.block_k, cfg.block_k // b_k.shape[4], device=blocks.device)
-    tokens = blocks[..., None] * cfg.block_k + inside
     if keys.rope is not None:
-        b_k = rotated(b_k, tokens - x.first[:, None, None] + cfg.rope_clip, keys.rope)
-    return [tokens.flatten(3), *(y.flatten(3, 4) for y in (b_k, *b_v))]
+        b_k = rotated(b_k, blocks, x, keys.rope, cfg)
+    return [y.flatten(3, 4) for y in (b_k, *b_v)]
 
 
 class Rows:
     """Rows of the key blocks of (B, Hkv, T, D) tensors: keys, or keys and values.
 
-    This and `Pages`, its kind for an offloaded cache, alone know where keys are.  A cache of which a part is
-    filled is not copied: all heads are one table of rows, with gaps.
+    A cache of which a part is filled is not copied: all heads are one table of rows, with gaps.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], block: int, rope: Rope | None, stride: int = 1):
         self.tensors, self.shape, self.block, self.rope = tensors, tensors[0].shape, block, rope
         self.inside = torch.arange(0, block, stride, device=tensors[0].device)
-        self.tables = []  # (first rows of heads (B, Hkv), all rows (.., D))
+        self.tables = []  # (where heads begin, all rows (.., D))
         for x in tensors:
-            (B, H, T, D), device = x.shape, x.device
+            B, H, T, D = x.shape
             if x.stride(3) != 1 or x.stride(2) != D or x.stride(1) % D or x.stride(0) % D:
                 x = x.contiguous()
             text, head = x.stride(0) // D, x.stride(1) // D
-            first = torch.arange(B, device=device)[:, None] * text + torch.arange(H, device=device) * head
-            self.tables.append((first, x.as_strided(((B - 1) * text + (H - 1) * head + T, D), (D, 1))))
+            b, h = (torch.arange(n, device=x.device) for n in (B, H))
+            first = (b[:, None] * text + h * head).view(B, H, 1, 1, 1, 1)
+            table = x.as_strided(((B - 1) * text + (H - 1) * head + T, D), (D, 1))
+            self.tables.append((first, table))
 
     def take(self, blocks: Tensor) -> list[Tensor]:
         """The rows (B, S, n, C, N, D) of blocks (B, S, n, C), of each tensor."""
         tokens = (blocks[..., None] * self.block + self.inside).clamp(0, self.shape[2] - 1)
-        shared = blocks.shape[1] // self.shape[1]  # searches that read one key head
-        heads = (first.repeat_interleave(shared, 1)[..., None, None, None] for first, _ in self.tables)
-        return [F.embedding(h + tokens, table) for h, (_, table) in zip(heads, self.tables, strict=True)]
+        tokens = tokens.unflatten(1, (self.shape[1], -1))  # (B, Hkv, S / Hkv, n, C, N)
+        return [F.embedding(first + tokens, table).flatten(1, 2) for first, table in self.tables]
 
     def thin(self, stride: int, copy: bool) -> Rows:
         """Keys alone, every stride-th row of a block; copy: as float32, since much will be gathered."""
@@ -443,9 +426,7 @@ def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None
     return Selection(chosen, hi * cfg.block_k)
 
 
-def random_blocks(
-    q: Tensor, k: Tensor, cfg: HiPConfig, generator: torch.Generator | None = None
-) -> Selection:
+def random_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, generator=None) -> Selection:
     """M blocks of each domain at random, the paper's baseline for what pruning by score is worth.
 
     Arguments, result and errors as `select_blocks`; `generator` makes it repeatable.
@@ -492,22 +473,20 @@ def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searche
     searched: count the search as well as the attention, with so many blocks of a `previous` selection for
     each query block.  What is computed and then masked counts too.
     """
-    (blocks, start), M, bk, R = (x.cpu() for x in selection), cfg.budget, cfg.block_k, min(cfg.block_q, Tq)
-    (B, S, NQ, _), (lo, hi), total = blocks.shape, domain(Tq, Tk, cfg), 0
-
-    def always(i: slice, hi: Tensor, row: int) -> int:  # keys of sink and window, of rows up to this one
-        last = torch.arange(i.start * R, i.stop * R, R, device="cpu") + Tk - Tq + row
-        return bk * sink_and_window(hi[i], last.clamp(max=Tk - 1) // bk, cfg).shape[1]
-
-    for i in runs(NQ, B * S, cfg):
-        chosen, n = int((blocks[:, :, i] >= 0).flatten(0, 2).any(0).sum()), int(hi[i].max()) - lo
-        total += (i.stop - i.start) * R * (bk * chosen + always(i, start // bk, R - 1))
+    (blocks, start), (lo, hi), bk = (x.cpu() for x in selection), domain(Tq, Tk, cfg), cfg.block_k
+    q, k = (torch.zeros(*x, 1, device="cpu") for x in ((*blocks.shape[:2], 1, Tq), (1, 1, Tk)))
+    keys, total = Rows((k,), bk, None), 0  # these show how query blocks are cut, and no more
+    for i, x in query_blocks(q, keys, start // bk, cfg, None):
+        chosen = int((blocks[:, :, i] >= 0).flatten(0, 2).any(0).sum())
+        total += len(x.first) * len(x.row) * bk * (chosen + sink_and_window(x, cfg).shape[3])
+    for _, x in query_blocks(q, keys, hi, cfg, None, cfg.stride_q):
+        n = int(x.hi.max()) - lo
         if searched and n > 0:
-            rows, rounds = -(-R // cfg.stride_q), cfg.rounds(n)
-            known = M if rounds > 1 and cfg.representative == "center" else 0
-            scored = (2 * M * rounds - known + previous) * bk // cfg.stride_k
-            seen = always(i, hi, (rows - 1) * cfg.stride_q) if cfg.score == "mass" else 0
-            total += (i.stop - i.start) * rows * (scored + seen)
+            rounds = cfg.rounds(n)
+            known = rounds > 1 and cfg.representative == "center"  # one half of the last round's scores
+            scored = ((2 * rounds - known) * cfg.budget + previous) * bk // cfg.stride_k
+            seen = bk * sink_and_window(x, cfg).shape[3] if cfg.score == "mass" else 0
+            total += len(x.first) * len(x.row) * (scored + seen)
     return total
 
 
@@ -520,13 +499,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
-    """Keys (B, S, n, C, N, D) rotated to positions at (.., N), counted from rope_clip before the query block.
+def rotated(b_k: Tensor, blocks: Tensor, x: QueryBlocks, rope: Rope, cfg: HiPConfig) -> Tensor:
+    """Keys (B, S, n, C, N, D) of blocks (B, S, n, C), as query blocks see them when positions are clipped.
 
     A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none.
     So no distance passes rope_clip + block_q - 1, and no model meets one that it was not trained for (after
     ReRoPE; not in the paper).
     """
+    inside = torch.arange(0, cfg.block_k, cfg.block_k // b_k.shape[4], device=blocks.device)
+    at = blocks[..., None] * cfg.block_k + inside - x.first[:, None, None] + cfg.rope_clip  # (B, S, n, C, N)
     # for speed: what stands before the first column that is near to some query block needs no rotation
     near = (at[..., -1] > 0).flatten(0, 2).any(0).nonzero()
     c = int(near[0]) if len(near) else at.shape[3]
@@ -572,15 +553,14 @@ def source(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: Rope
         return Rows(kv, cfg.block_k, rope)
     block, stride = kv[0].banks[1].keys, kv[0].banks[0].stride
     if (q.shape[2], cfg.block_k, cfg.stride_k) != (1, block, stride):
-        raise ValueError(
-            f"an offloaded cache is for single queries with key blocks of {block} and stride_k {stride}, not "
-            f"for {q.shape[2]} queries, blocks of {cfg.block_k} and stride_k {cfg.stride_k}"
-        )
+        wanted = f"single queries with key blocks of {block} and stride_k {stride}"
+        got = f"{q.shape[2]} queries, blocks of {cfg.block_k} and stride_k {cfg.stride_k}"
+        raise ValueError(f"an offloaded cache is for {wanted}, not for {got}")
     return replace(kv[0], rope=rope)
 
 
 def check_selection(selection: Selection, name: str, B: int, S: tuple[int, ...], NQ: int, block: int = 1):
-    """The same for a selection; S: how many searches it may be of."""
+    """The same of a selection, which may be of any of S searches."""
     got, windows = tuple(selection.blocks.shape), len(selection.window_start)
     if len(got) != 4 or got[0] != B or got[1] not in S or got[2] != NQ or windows != NQ:
         wanted = f"{B} texts, {' or '.join(map(str, dict.fromkeys(S)))} searches and {NQ} query blocks"
@@ -601,30 +581,27 @@ def check_selection(selection: Selection, name: str, B: int, S: tuple[int, ...],
 class Bank:
     """The pages of some heads that are on the device: slots, page table, and counts of what happened.
 
-    store: (heads, pages, block, D) tensors that share one page table: keys, or keys and values.
+    store: (1 or 2, heads, pages, block, D), keys, or keys and values, which share one page table.
     slots: pages that a head may have here.  Of each page every stride-th token is held.
     """
 
-    def __init__(self, store: list[Tensor], slots: int, stride: int, device: torch.device | str):
-        heads, self.pages, block, D = store[0].shape
+    def __init__(self, store: Tensor, slots: int, stride: int, device: torch.device | str):
+        parts, heads, self.pages, block, D = store.shape
         self.store, self.slots, self.stride, self.keys = store, slots, stride, block // stride
-
-        def filled(value: float, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.full((heads, *shape), value, dtype=dtype, device=device)
-
-        self.rows = [filled(math.nan, slots + 1, self.keys, D, dtype=x.dtype) for x in store]
+        shape = parts, heads, slots + 1, self.keys, D
+        self.rows = torch.full(shape, math.nan, dtype=store.dtype, device=device)
         # what is nowhere is in the last slot, and in a free slot is the last page: both are there to be
         # written to, not to be read, so that nothing below depends on what the page tables hold
-        self.slot_of = filled(slots, self.pages + 1)  # the page table
-        self.page_of = filled(self.pages, slots + 1)  # its inverse
-        self.last_use = filled(-1, slots + 1)  # call that last needed a slot
+        self.slot_of = torch.full((heads, self.pages + 1), slots, device=device)  # the page table
+        self.page_of = torch.full((heads, slots + 1), self.pages, device=device)  # its inverse
+        self.last_use = torch.full((heads, slots + 1), -1, device=device)  # call that last needed a slot
         self.call, self.counted = 0, torch.zeros(2, dtype=torch.int64, device=device)  # hits, misses
 
     def find(self, wanted: Tensor) -> Tensor:
         """Slots of pages wanted (heads, n), with what is missing brought in: (heads, n)."""
         if wanted.shape[1] > self.slots < self.pages:
-            needed = f"{wanted.shape[1]} pages of a head are needed at once, and {self.slots} fit"
-            raise ValueError(f"resident_tokens is too few: {needed}")
+            needed = f"{wanted.shape[1]} pages of a head are needed at once"
+            raise ValueError(f"resident_tokens is too few: {needed}, and {self.slots} fit")
         self.call += 1
         page = wanted.sort(1).values
         page[:, 1:].masked_fill_(page[:, 1:] == page[:, :-1].clone(), self.pages)  # each once
@@ -647,9 +624,9 @@ class Bank:
         """Copy pages (heads, n) from the store to slots (heads, n), where the page is one."""
         head, n = (page < self.pages).nonzero(as_tuple=True)
         if len(head):  # the copy to the host also waits until all that was appended stands in the store
-            far_head, far_page = (x.to(self.store[0].device) for x in (head, page[head, n]))
-            for rows, store in zip(self.rows, self.store, strict=True):
-                rows[head, slot[head, n]] = store[far_head, far_page, :: self.stride].to(rows.device)
+            far_head, far_page = (x.to(self.store.device) for x in (head, page[head, n]))
+            found = self.store[:, far_head, far_page, :: self.stride]
+            self.rows[:, head, slot[head, n]] = found.to(self.rows.device)
 
 
 @dataclass(frozen=True)
@@ -671,10 +648,8 @@ class Pages:
 
     def take(self, blocks: Tensor) -> list[Tensor]:
         """As `Rows.take`."""
-        page = blocks.where(
-            blocks * self.banks[1].keys < self.shape[2], 0
-        )  # of what is none, one that is whole
-        heads, slots = self.bank.page_of.shape
+        (heads, slots), block = self.bank.page_of.shape, self.banks[1].keys
+        page = blocks.where(blocks * block < self.shape[2], 0)  # of what is none, one that is whole
         slot = self.bank.find(page.reshape(heads, -1))
         slot = slot + torch.arange(heads, device=slot.device)[:, None] * slots  # through all heads
         rows = (F.embedding(slot.view(blocks.shape), x.flatten(2).flatten(0, 1)) for x in self.bank.rows)
@@ -686,15 +661,15 @@ class OffloadedKVCache:
 
     shape: (layers, B, Hkv, tokens, D) that it can hold, for H query heads; of `dtype`, used on `device`.
     cfg: of the queries that it serves, in a model its `decoding`.
-    store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's
-    folder for temporary files), which has no name and so vanishes with the process, however that ends.
+    store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's for
+    temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key head on the device.  None: as the paper has it, for
     attention sink, top_k and window, for the search what one search looks at, 2 * top_k / stride_k in each
     of log2(tokens / top_k) rounds; with a search per query head for each head of the group.
 
-    A prompt is read beside this cache, layer by layer, and written once (`append`); what `layer` returns
-    serves the queries behind it.  Differs from the paper: misses are copied in before a kernel runs, not
-    noticed by it.  ValueError when the bound or the store cannot be.
+    A prompt is read beside this cache and written once (`append`); what `layer` returns serves the queries
+    behind it.  ValueError when the bound or the store cannot be.  Differs from the paper: misses are copied
+    in before a kernel runs, not noticed by it.
     """
 
     bank = Bank
@@ -706,22 +681,19 @@ class OffloadedKVCache:
         window = -(-(cfg.window + cfg.refresh_interval) // block) + 2  # it grows until the next search
         attended = min(pages, group * (cfg.sink_blocks + cfg.budget + window))
         round = group * 2 * cfg.budget  # pages that one round of a search looks at
-        least = attended * block + min(pages, round) * keys
-        if resident_tokens is None:
-            resident_tokens = attended * block + min(pages, round * cfg.rounds(pages)) * keys
-        if resident_tokens < least:
-            wanted = f"at least {least}, as a step needs"
-            raise ValueError(f"resident_tokens must be {wanted}, not {resident_tokens}")
+        least, most = (attended * block + min(pages, x) * keys for x in (round, round * cfg.rounds(pages)))
+        self.bound = most if resident_tokens is None else resident_tokens
+        if self.bound < least:
+            raise ValueError(f"resident_tokens must be at least {least}, as a step needs, not {self.bound}")
         if store not in ("host", "disk"):
             raise ValueError(f"store must be host or disk, not {store!r}")
-        self.bound, looked_at = resident_tokens, min(pages, (resident_tokens - attended * block) // keys)
+        looked_at = min(pages, (self.bound - attended * block) // keys)
         pin = torch.device(device).type == "cuda"
         self.store = self.allocate((layers, 2, B, Hkv, pages * block, D), dtype, store, folder, pin)
         self.banks = []
-        for x in self.store:
-            k, v = x.unflatten(3, (pages, block)).flatten(1, 2)  # (B * Hkv, pages, block, D)
-            search = self.bank([k], looked_at, cfg.stride_k, device)
-            self.banks.append((search, self.bank([k, v], attended, 1, device)))
+        for x in self.store.unflatten(4, (pages, block)).flatten(2, 3):  # (2, B * Hkv, pages, block, D)
+            search = self.bank(x[:1], looked_at, cfg.stride_k, device)
+            self.banks.append((search, self.bank(x, attended, 1, device)))
 
     def allocate(self, shape: tuple, dtype: torch.dtype, store: str, folder: str | None, pin: bool) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
@@ -747,14 +719,13 @@ class OffloadedKVCache:
         start, end, bank = self.length[layer], self.length[layer] + k.shape[2], self.banks[layer][1]
         if end > self.shape[3]:
             raise ValueError(f"the cache holds {self.shape[3]} tokens, and {end} are too many")
-        (page, first), rest = divmod(start, self.block), -start % self.block
-        slot = bank.slot_of[:, page]  # of the page that was begun; the search only meets full ones
-        heads = torch.arange(len(slot), device=slot.device)
+        page, first = divmod(start, self.block)
+        heads = torch.arange(len(bank.slot_of), device=bank.slot_of.device)
         for stored, rows, new in zip(self.store[layer], bank.rows, (k, v), strict=True):
             stored[:, :, start:end].copy_(new, non_blocking=True)
-            if first:
-                new = new[:, :, :rest].flatten(0, 1)  # (heads, any, D)
-                rows[heads, slot, first : first + new.shape[1]] = new
+            if first:  # a page that was begun may be near, for attention; the search only meets full ones
+                new = new[:, :, : self.block - first].flatten(0, 1)  # (heads, any, D)
+                rows[heads, bank.slot_of[:, page], first : first + new.shape[1]] = new
         self.length[layer] = end
         self.moved += k.nbytes + v.nbytes
         if self.mapping:  # what was written stays with the system, no longer with this process
@@ -767,10 +738,9 @@ class OffloadedKVCache:
 
     def read(self, layer: int) -> list[Tensor]:
         """All keys and all values of a layer, (B, Hkv, T, D), copied to the device: for a further prompt."""
-        device = self.banks[layer][0].rows[0].device
-        whole = [x[:, :, : self.length[layer]].to(device) for x in self.store[layer]]
-        self.moved += sum(x.nbytes for x in whole)
-        return whole
+        whole = self.store[layer][:, :, :, : self.length[layer]].to(self.banks[layer][0].rows.device)
+        self.moved += whole.nbytes
+        return list(whole)
 
     def counts(self) -> dict[str, int]:
         """Pages found and missed in the two banks, over all layers and heads, and bytes moved either way."""
@@ -778,10 +748,9 @@ class OffloadedKVCache:
         for name, banks in zip(("search", "attention"), zip(*self.banks, strict=True), strict=True):
             hits, misses = sum(bank.counted for bank in banks).tolist()
             counts |= {f"{name}_hits": hits, f"{name}_misses": misses}
-            counts["moved_bytes"] += misses * sum(rows[0, 0].nbytes for rows in banks[0].rows)
+            counts["moved_bytes"] += misses * banks[0].rows[:, 0, 0].nbytes
         return counts
 
     def resident_tokens(self) -> int:
-        """Most tokens that a layer and head has on the device; a slot stays full, so also the most ever."""
-        near = [[int((b.page_of < b.pages).sum(1).max()) * b.keys for b in pair] for pair in self.banks]
-        return max(map(sum, near))
+        """Most tokens of a layer and head on the device; a slot stays full, so also the most ever."""
+        return max(sum(int((x.page_of < x.pages).sum(1).max()) * x.keys for x in pair) for pair in self.banks)
