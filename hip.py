@@ -332,8 +332,8 @@ def query_blocks(q, keys, hi, cfg, scale, stride=1) -> Iterator[tuple[slice, Que
     """
     (B, S, group, Tq, D), Tk, R = q.shape, keys.shape[2], min(cfg.block_q, q.shape[3])
     row, scale = torch.arange(0, R, stride, device=q.device), D**-0.5 if scale is None else scale
-    # so many at a time that what they gather fits the cache, and a power of two, so that a prompt is cut alike
-    # in pieces of any multiple of PIECE queries
+    # so many at a time that what they gather fits the cache; a power of two, so that a prompt is cut alike in
+    # pieces of any multiple of PIECE queries
     n = min(GATHERED // (B * S * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q)), PIECE // cfg.block_q)
     n = 1 << max(1, n).bit_length() - 1
     for i in (slice(start, min(len(hi), start + n)) for start in range(0, len(hi), n)):
@@ -347,7 +347,7 @@ def query_blocks(q, keys, hi, cfg, scale, stride=1) -> Iterator[tuple[slice, Que
 
 
 def sink_and_window(x: QueryBlocks, cfg: HiPConfig) -> Tensor:
-    """Key blocks (B, S, n, C) that query blocks see in any case; some may be later than all rows."""
+    """Key blocks (B, S, n, C) that query blocks see in any case; some may be later than all of their rows."""
     sink = torch.arange(min(cfg.sink_blocks, int(x.last.max()) + 1), device=x.q.device)
     window = torch.arange(max(0, int((x.last + 1 - x.hi).max())), device=x.q.device)
     return torch.cat([sink.expand(*x.hi.shape, -1), x.hi[..., None] + window], 3)
