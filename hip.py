@@ -28,13 +28,13 @@ compare with, clipped positions, checks, and the offloaded cache.
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -124,17 +124,6 @@ class Selection(NamedTuple):
     window_start: Tensor  # (NQ,) int64, position at which the window begins
 
 
-def in_float32(function: Callable) -> Callable:
-    """What the function computes in float32 stays so where the caller has switched autocast on."""
-
-    @functools.wraps(function)
-    def run(q: Tensor, *args, **named):
-        with torch.autocast(q.device.type, enabled=False):
-            return function(q, *args, **named)
-
-    return run
-
-
 def hip_attention(
     q: Tensor, k: Keys, v: Keys, cfg: HiPConfig, selection: Selection | None = None, *, scale=None, rope=None
 ) -> tuple[Tensor, Selection]:
@@ -146,8 +135,6 @@ def hip_attention(
 # --- the search --------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-@in_float32
 def select_blocks(
     q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None = None, *, scale=None, rope=None
 ) -> Selection:
@@ -156,8 +143,7 @@ def select_blocks(
     q: (B, H, Tq, D), k: (B, Hkv, Tk, D); float32, float16 or bfloat16; scores are taken in float32.
     previous: an earlier selection of as many searches and query blocks; its blocks stay candidates.
     scale: float, factor on q . k, default D ** -0.5.
-    rope: with cfg.rope_clip, for q and k that are not rotated yet (`rotated`): cos and sin of positions 0, 1,
-    ..., rope_clip + block_q of them or more.
+    rope: with cfg.rope_clip, for q and k not rotated yet (`rotated`): rope_clip + block_q positions or more.
 
     Returns a Selection.  ValueError when shapes, dtypes or devices do not fit together.
     All queries of a block make its choice: which blocks of the past one of them gets can depend on later ones
@@ -170,37 +156,30 @@ def select_blocks(
     if previous is not None:
         check_selection(previous, "previous", B, (S,), len(hi))
     chosen = torch.full((B, S, len(hi), M), -1, dtype=torch.int32, device=q.device)
-    for i, x, score in searching_blocks(q, keys, cfg, scale):
-        blocks, scores = search(x.hi, score, cfg)  # (B, S, n, M) each
-        if previous is not None and previous.blocks.shape[3]:
-            old = previous.blocks[:, :, i].long()
-            old = old.where((lo <= old) & (old < x.hi[..., None]), NO_BLOCK)
-            blocks = torch.cat([blocks, old], 3)
-            # at a time no more than a round looks at: so many pages of an offloaded cache are sure to fit
-            scores = torch.cat([scores, *(score(part) for part in old.split(2 * M, 3))], 3)
-        chosen[:, :, i] = best_of(blocks, scores, M)
+    thin = keys.thin(cfg.stride_k, copy=len(hi) > 1)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # what is in float32 stays so
+        for i, x in query_blocks(q.unflatten(1, (S, -1)), keys, hi, cfg, scale, cfg.stride_q):
+            if int(x.hi.max()) == lo:  # sink and window cover everything
+                continue
+            score = partial(score_blocks, x, thin, seen_anyway(x, keys, cfg), cfg)
+            blocks, scores = search(x.hi, score, cfg)  # (B, S, n, M) each
+            if previous is not None and previous.blocks.shape[3]:
+                old = previous.blocks[:, :, i].long()
+                old = old.where((lo <= old) & (old < x.hi[..., None]), NO_BLOCK)
+                blocks = torch.cat([blocks, old], 3)
+                # as many at a time as in a round, so that pages of an offloaded cache are sure to fit
+                scores = torch.cat([scores, *(score(part) for part in old.split(2 * M, 3))], 3)
+            chosen[:, :, i] = best_of(blocks, scores, M)
     return Selection(chosen, hi * cfg.block_k)
 
 
 def domain(Tq: int, Tk: int, cfg: HiPConfig, device: torch.device | str = "cpu") -> tuple[int, Tensor]:
     """Blocks [lo, hi) to choose from, behind the sink, before the window: lo of all, hi (NQ,) int64.
 
-    A domain ends before the window of the block's *first* query begins, so it lies in the past of every query
-    of the block and needs no causal mask.
+    They end before the window of the block's *first* query: all its queries see them without a causal mask.
     """
-    start = torch.arange(Tk - Tq, Tk, cfg.block_q, device=device)  # (NQ,) position of a block's first query
-    lo = cfg.sink_blocks
+    start, lo = torch.arange(Tk - Tq, Tk, cfg.block_q, device=device), cfg.sink_blocks  # first queries (NQ,)
     return lo, ((start - cfg.window + 1) // cfg.block_k).clamp(min=lo)
-
-
-def searching_blocks(q, keys, cfg, scale) -> Iterator[tuple[slice, QueryBlocks, Callable[[Tensor], Tensor]]]:
-    """The query blocks that have something to choose, a run at a time, and what scores blocks for them."""
-    lo, hi = domain(q.shape[2], keys.shape[2], cfg, q.device)
-    groups = q.unflatten(1, (q.shape[1] if cfg.per_head else keys.shape[1], -1))  # (B, S, H / S, Tq, D)
-    thin = keys.thin(cfg.stride_k, copy=len(hi) > 1)
-    for i, x in query_blocks(groups, keys, hi, cfg, scale, cfg.stride_q):
-        if int(x.hi.max()) > lo:  # else sink and window cover everything
-            yield i, x, functools.partial(score_blocks, x, thin, seen_anyway(x, keys, cfg), cfg)
 
 
 def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tuple[Tensor, Tensor]:
@@ -244,7 +223,7 @@ def score_blocks(x: QueryBlocks, keys: Rows | Pages, seen: Tensor, cfg: HiPConfi
 
 
 def seen_anyway(x: QueryBlocks, keys: Rows | Pages, cfg: HiPConfig) -> Tensor:
-    """What the scores of each row are compared with: (B, S, n, R) float32, inf for a row that does not exist.
+    """What scores of a row are compared with: (B, S, n, R) float32, inf for a row that does not exist.
 
     "mass": logsumexp of its products with all keys in sink and window; "max": 0.
     """
@@ -279,7 +258,6 @@ def best_of(blocks: Tensor, scores: Tensor, M: int) -> Tensor:
 # --- attention ---------------------------------------------------------------------------------------------
 
 
-@in_float32
 def sparse_attention(
     q: Tensor, k: Keys, v: Keys, selection: Selection, cfg: HiPConfig, *, scale=None, rope=None
 ) -> Tensor:
@@ -297,17 +275,18 @@ def sparse_attention(
     check_selection(selection, "selection", B, (keys.shape[1], H), NQ, cfg.block_k)
     out = q.new_empty(B, S, H // S, NQ, rows, D)
     dtype = torch.promote_types(q.dtype, torch.bfloat16)  # not float16, in which scores overflow on a CPU
-    for i, x in query_blocks(q.unflatten(1, (S, -1)), keys, start // cfg.block_k, cfg, scale):
-        chosen = blocks[:, :, i].long()  # (B, S, n, M)
-        chosen = chosen[..., (chosen >= 0).flatten(0, 2).any(0)]  # what is padding for all is not gathered
-        chosen = chosen.where(chosen >= 0, NO_BLOCK)
-        chosen = torch.cat([chosen, sink_and_window(x, cfg)], 3)
-        b_k, b_v = gather(x, keys, chosen, cfg)  # (B, S, n, C * N, D)
-        unseen = later(x, chosen, cfg)  # (.., R, C * N)
-        mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)  # added to the scores
-        b_q, b_k, b_v, mask = (y.to(dtype).flatten(0, 1) for y in (x.q, b_k, b_v, mask))
-        o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (B * S, n, R, D)
-        out[:, :, :, i] = o.view(B, S, -1, H // S, rows, D).transpose(2, 3)
+    with torch.autocast(q.device.type, enabled=False):
+        for i, x in query_blocks(q.unflatten(1, (S, -1)), keys, start // cfg.block_k, cfg, scale):
+            chosen = blocks[:, :, i].long()  # (B, S, n, M)
+            chosen = chosen[..., (chosen >= 0).flatten(0, 2).any(0)]  # padding for all is not gathered
+            chosen = chosen.where(chosen >= 0, NO_BLOCK)
+            chosen = torch.cat([chosen, sink_and_window(x, cfg)], 3)
+            b_k, b_v = gather(x, keys, chosen, cfg)  # (B, S, n, C * N, D)
+            unseen = later(x, chosen, cfg)  # (.., R, C * N)
+            mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)
+            b_q, b_k, b_v, mask = (y.to(dtype).flatten(0, 1) for y in (x.q, b_k, b_v, mask))
+            o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (B * S, n, R, D)
+            out[:, :, :, i] = o.view(B, S, -1, H // S, rows, D).transpose(2, 3)
     return out.view(B, H, NQ * rows, D)[:, :, :Tq]
 
 
@@ -356,8 +335,7 @@ def sink_and_window(x: QueryBlocks, cfg: HiPConfig) -> Tensor:
 def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig) -> Tensor:
     """The causal mask: which keys of blocks (B, S, n, C) are later than which rows, or none: (.., R, C * N).
 
-    All rows of a query block see what lies before its first.  Where query blocks differ in that alone, one
-    mask, (1, 1, 1, R, C * N), is enough.
+    All rows see what lies before the first: where query blocks differ in that alone, (1, 1, 1, ..) is enough.
     """
     tokens = (blocks[..., None] * cfg.block_k + torch.arange(cfg.block_k, device=blocks.device)).flatten(3)
     behind = (tokens - x.first[:, None]).clamp(min=0)  # by how much a token is later than the first row
@@ -376,7 +354,7 @@ def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig) -
 class Rows:
     """Rows of the key blocks of (B, Hkv, T, D) tensors: keys, or keys and values.
 
-    A cache of which a part is filled is not copied: all heads are one table of rows, with gaps.
+    All heads are one table of rows, with gaps: a cache of which a part is filled is not copied.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], block: int, rope: Rope | None, stride: int = 1):
@@ -409,28 +387,17 @@ class Rows:
 # --- selections to compare with ----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-@in_float32
 def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None) -> Selection:
-    """The exact best M blocks by the search's own block score: what `select_blocks` aims at, in O(T^2).
-
-    Arguments but `previous`, result and errors as `select_blocks`.
-    """
-    (B, H, Tq, _), keys, M = q.shape, source(q, (k,), cfg, scale, rope), cfg.budget
-    S, (lo, hi) = H if cfg.per_head else keys.shape[1], domain(Tq, keys.shape[2], cfg, q.device)
-    chosen = torch.full((B, S, len(hi), M), -1, dtype=torch.int32, device=q.device)
-    for i, x, score in searching_blocks(q, keys, cfg, scale):
-        every = torch.arange(lo, max(lo + M, int(x.hi.max())), device=q.device).expand(*x.hi.shape, -1)
-        scores = torch.cat([score(part) for part in every.split(2 * M, 3)], 3)
-        chosen[:, :, i] = best_of(every.where(every < x.hi[..., None], NO_BLOCK), scores, M)
-    return Selection(chosen, hi * cfg.block_k)
+    """The exact best M blocks by the search's own score, in O(T^2).  Else as `select_blocks`, its likeness."""
+    check(q, (k,), scale)
+    hi = domain(q.shape[2], k.shape[2], cfg, q.device)[1]
+    every = torch.arange(int(hi.max()), dtype=torch.int32, device=q.device)
+    every = every.expand(len(q), (q if cfg.per_head else k).shape[1], len(hi), -1)
+    return select_blocks(q, k, cfg, Selection(every, hi), scale=scale, rope=rope)  # the best of all stay
 
 
 def random_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, generator=None) -> Selection:
-    """M blocks of each domain at random, the paper's baseline for what pruning by score is worth.
-
-    Arguments, result and errors as `select_blocks`; `generator` makes it repeatable.
-    """
+    """M blocks of each domain at random, the paper's baseline.  Else as `select_blocks`."""
     check(q, (k,))
     (B, H, Tq, _), (_, Hkv, Tk, _), M = q.shape, k.shape, cfg.budget
     lo, hi = domain(Tq, Tk, cfg, q.device)
@@ -440,38 +407,35 @@ def random_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, generator=None) -> Selec
     return Selection(best_of(every, scores, M).int(), hi * cfg.block_k)
 
 
-@in_float32
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale=None) -> Tensor:
     """Causal attention over everything: torch's own.  Shapes as `sparse_attention`."""
     check(q, (k, v), scale)
     (_, H, Tq, _), (Hkv, Tk), mask = q.shape, k.shape[1:3], None
-    if Tq == 1:  # heads that share keys as rows of one product: many times faster on a CPU
-        rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
-        return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
-    if Tq < Tk and q.is_cuda:  # without a mask in memory
+    if 1 < Tq < Tk and q.is_cuda:  # without a mask in memory
         from torch.nn.attention.bias import causal_lower_right  # which imports a compiler: seconds
 
         mask = causal_lower_right(Tq, Tk)
-    elif Tq < Tk:
+    elif 1 < Tq < Tk:
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril_(Tk - Tq)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=Tq == Tk, scale=scale, enable_gqa=H != Hkv)
+    with torch.autocast(q.device.type, enabled=False):
+        if Tq == 1:  # heads that share keys as rows of one product: many times faster on a CPU
+            rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
+            return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
+        causal = dict(is_causal=Tq == Tk, enable_gqa=H != Hkv)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, **causal)
 
 
 def no_blocks(q: Tensor, keys: torch.Size, cfg: HiPConfig) -> Selection:
-    """Sink and window alone, for q (B, H, Tq, D) behind keys of the shape (B, Hkv, Tk, D).
-
-    A window of Tk tokens makes of it dense attention, and of clipped positions the only one there is.
-    """
+    """Sink and window alone, of q (B, H, Tq, D) and keys of a shape (B, Hkv, Tk, D); window=Tk is dense."""
     hi = domain(q.shape[2], keys[2], cfg, q.device)[1]
     none = torch.empty(len(q), keys[1], len(hi), 0, dtype=torch.int32, device=q.device)
     return Selection(none, hi * cfg.block_k)
 
 
 def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched=True, previous=0) -> int:
-    """Products q . k that a query head has in this call, to be set against dense attention's Tq * Tk.
+    """Products q . k of a query head in this call, those that are masked too; dense attention has Tq * Tk.
 
-    searched: count the search as well as the attention, with so many blocks of a `previous` selection for
-    each query block.  What is computed and then masked counts too.
+    searched: with the search, and with so many blocks of a `previous` selection for each query block.
     """
     (blocks, start), (lo, hi), bk = (x.cpu() for x in selection), domain(Tq, Tk, cfg), cfg.block_k
     q, k = (torch.zeros(*x, 1, device="cpu") for x in ((*blocks.shape[:2], 1, Tq), (1, 1, Tk)))
@@ -502,9 +466,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotated(b_k: Tensor, blocks: Tensor, x: QueryBlocks, rope: Rope, cfg: HiPConfig) -> Tensor:
     """Keys (B, S, n, C, N, D) of blocks (B, S, n, C), as query blocks see them when positions are clipped.
 
-    A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none.
-    So no distance passes rope_clip + block_q - 1, and no model meets one that it was not trained for (after
-    ReRoPE; not in the paper).
+    A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none:
+    no distance passes rope_clip + block_q - 1, or what a model was trained for.  (After ReRoPE; ours)
     """
     inside = torch.arange(0, cfg.block_k, cfg.block_k // b_k.shape[4], device=blocks.device)
     at = blocks[..., None] * cfg.block_k + inside - x.first[:, None, None] + cfg.rope_clip  # (B, S, n, C, N)
@@ -579,10 +542,9 @@ def check_selection(selection: Selection, name: str, B: int, S: tuple[int, ...],
 
 
 class Bank:
-    """The pages of some heads that are on the device: slots, page table, and counts of what happened.
+    """The pages of some heads that are on the device, so many slots for each head, and a page table.
 
-    store: (1 or 2, heads, pages, block, D), keys, or keys and values, which share one page table.
-    slots: pages that a head may have here.  Of each page every stride-th token is held.
+    store: (1 or 2, heads, pages, block, D), keys, or keys and values; every stride-th token is held.
     """
 
     def __init__(self, store: Tensor, slots: int, stride: int, device: torch.device | str):
@@ -663,13 +625,12 @@ class OffloadedKVCache:
     cfg: of the queries that it serves, in a model its `decoding`.
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's for
     temporary files), which has no name and so vanishes with the process, however that ends.
-    resident_tokens: most tokens of a layer and key head on the device.  None: as the paper has it, for
-    attention sink, top_k and window, for the search what one search looks at, 2 * top_k / stride_k in each
-    of log2(tokens / top_k) rounds; with a search per query head for each head of the group.
+    resident_tokens: most tokens of a layer and key head on the device.  None, as in the paper: for attention
+    sink, top_k and window, for the search what one looks at, 2 * top_k / stride_k in each of log2(tokens /
+    top_k) rounds; with per_head for each head of the group.  ValueError when that or the store cannot be.
 
-    A prompt is read beside this cache and written once (`append`); what `layer` returns serves the queries
-    behind it.  ValueError when the bound or the store cannot be.  Differs from the paper: misses are copied
-    in before a kernel runs, not noticed by it.
+    A prompt is read beside this cache and written once (`append`); `layer` then serves single queries.
+    Differs from the paper: misses are copied in before a kernel runs, not noticed by it.
     """
 
     bank = Bank

@@ -74,11 +74,13 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     """Decoding: the best of what the prompt's end chose, for ever.  In a prompt: the search."""
     if previous is None:
         return kernels.select_blocks(q, k, cfg, rope=rope)
-    keys, blocks, M = hip.source(q, (k,), cfg, None, rope), previous.blocks, cfg.budget
-    for _, _, score in hip.searching_blocks(q, keys, cfg, None):  # the one query block that there is
-        old = blocks.long().where(blocks >= 0, hip.NO_BLOCK)  # (B, S, 1, M or more)
-        blocks = hip.best_of(old, score(old), M).int()
-    return Selection(blocks, hip.domain(1, k.shape[2], cfg, q.device)[1] * cfg.block_k)
+    keys, blocks = hip.source(q, (k,), cfg, None, rope), previous.blocks
+    hi = hip.domain(1, k.shape[2], cfg, q.device)[1]
+    groups = q.unflatten(1, (blocks.shape[1], -1))  # (B, S, H / S, 1, D)
+    ((_, x),) = hip.query_blocks(groups, keys, hi, cfg, None)
+    old, seen = blocks.long().where(blocks >= 0, hip.NO_BLOCK), hip.seen_anyway(x, keys, cfg)
+    scores = hip.score_blocks(x, keys.thin(cfg.stride_k, copy=False), seen, cfg, old)
+    return Selection(hip.best_of(old, scores, cfg.budget).int(), hi * cfg.block_k)
 
 
 PAPER = dict(top_k=512, score="max", per_head=True, decode_factor=1, dense_tail=0, memory=False)
