@@ -388,7 +388,7 @@ class Rows:
 
 
 def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None) -> Selection:
-    """The exact best M blocks by the search's own score, in O(T^2).  Else as `select_blocks`, its likeness."""
+    """The exact best M blocks by the search's own score, in O(T^2).  Else as `select_blocks`, its like."""
     check(q, (k,), scale)
     hi = domain(q.shape[2], k.shape[2], cfg, q.device)[1]
     every = torch.arange(int(hi.max()), dtype=torch.int32, device=q.device)
