@@ -33,7 +33,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -75,12 +75,15 @@ class HiPConfig:
     decode_factor: int = 2  # by how much more decoding chooses, and of how many more keys (`decoding`)
     dense_tail: int = 64  # last queries of a prompt that attend densely
     memory: bool = True  # decoding begins with the best blocks of a prompt's end, and refreshes remember
+    beam: InitVar[None] = None  # of version 1
 
-    def __post_init__(self):
+    def __post_init__(self, beam: None):
         def check(name: str, ok: bool, wanted: str):
             if not ok:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
+        if beam is not None:
+            raise ValueError("beam is gone: all that a search keeps is chosen now, so set top_k instead")
         for f in fields(self):
             x, least = getattr(self, f.name), 0 if f.name in ("sink", "dense_layers", "dense_tail") else 1
             whole, wanted = type(x) is int and x >= least, f"a whole number of at least {least}"

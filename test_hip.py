@@ -373,8 +373,8 @@ def test_a_configuration_that_cannot_work_is_refused_by_name(name, wrong):
         HiPConfig(**{name: wrong})
 
 
-def test_a_configuration_of_version_1_is_refused_by_its_beam():
-    with pytest.raises(TypeError, match="beam"):
+def test_a_configuration_of_version_1_is_told_what_replaces_its_beam():
+    with pytest.raises(ValueError, match="beam is gone: .*top_k"):
         HiPConfig(beam=2)
 
 
