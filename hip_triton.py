@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import hip
-from hip import HiPConfig, Pages, Rope, Selection
+from hip import HiPConfig, Keys, Pages, Rope, Selection
 
 try:
     import triton
@@ -55,7 +56,7 @@ class Begun(NamedTuple):
     So a decoding step is the same for any number, and can be recorded as a CUDA graph.
     """
 
-    rows: Tensor  # (B, Hkv, tokens, D)
+    rows: Tensor | Pages  # (B, Hkv, tokens, D)
     length: Tensor  # (1,) int64, at least 1
 
 
@@ -327,13 +328,7 @@ def search_kernel(
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor | Pages,
-    cfg: HiPConfig,
-    previous: Selection | None = None,
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
+    q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None = None, *, scale=None, rope=None
 ) -> Selection:
     """hip.select_blocks in one launch: its arguments, result and errors, and the errors of `check_device`.
 
@@ -345,8 +340,9 @@ def select_blocks(
     hip.check_call(q, (k,), cfg, scale, rope)
     check_device(q, previous or (), "previous")
     check_length(q, length)
-    (B, H, Tq, D), (_, Hkv, Tk, _), S = q.shape, k.shape, hip.searches(q, k, cfg)
-    NQ, group = -(-Tq // cfg.block_q), (cfg, H // S, S // Hkv, D, q.dtype)
+    (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
+    S, NQ = H if cfg.per_head else Hkv, -(-Tq // cfg.block_q)
+    group = cfg, H // S, S // Hkv, D, q.dtype
     constants = search_constants(*group, min(Tq, cfg.block_q))
     if previous is not None:
         hip.check_selection(previous, "previous", B, (S,), NQ)
@@ -598,14 +594,7 @@ def merge_kernel(p_part, p_stat, p_o, s_o, D: tl.constexpr, PARTS: tl.constexpr)
 
 
 def sparse_attention(
-    q: Tensor,
-    k: Tensor | Pages,
-    v: Tensor | Pages,
-    selection: Selection,
-    cfg: HiPConfig,
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
+    q: Tensor, k: Keys, v: Keys, selection: Selection, cfg: HiPConfig, *, scale=None, rope=None
 ) -> Tensor:
     """hip.sparse_attention: its arguments, result and errors, and the errors of `check_device`.
 
@@ -619,7 +608,7 @@ def sparse_attention(
     hip.check_selection(selection, "selection", B, (Hkv, H), NQ)
     paged, lost = None, None
     if isinstance(k, Pages):
-        k, v, paged, lost = resident(k, selection, cfg)
+        k, v, paged, lost = resident(k, length, selection, cfg)
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
     # in the order of hidden states, where a model needs it next
     o, S, M = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2), *blocks.shape[1::2]
@@ -644,14 +633,7 @@ def sparse_attention(
 
 
 def hip_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cfg: HiPConfig,
-    selection: Selection | None = None,
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
+    q: Tensor, k: Keys, v: Keys, cfg: HiPConfig, selection: Selection | None = None, *, scale=None, rope=None
 ) -> tuple[Tensor, Selection]:
     """Search, unless a selection is given, then attend: (o, selection).  Else as its parts."""
     selection = select_blocks(q, k, cfg, scale=scale, rope=rope) if selection is None else selection
@@ -729,26 +711,24 @@ def reachable(store: Tensor, device: torch.device) -> bool:
     return store.device == device or store.is_pinned()
 
 
-def resident(keys: Pages, selection: Selection, cfg: HiPConfig) -> tuple[Tensor, Tensor, tuple, Tensor]:
+def resident(keys: Pages, length: Tensor | None, selection: Selection, cfg: HiPConfig) -> tuple:
     """Brings in all that a query attends to, without the host waiting for the device.
 
     Returns slots of keys and values (B, Hkv, tokens, D), `paged` of split_kernel, and whether the window
     is longer than there is room for: (1,), never within cfg.refresh_interval steps of the search.
     """
     (B, Hkv, Tk, D), bank, block = keys.shape, keys.bank, keys.bank.keys
-    last, chosen = (Tk - 1) // block, selection.blocks.reshape(B * Hkv, -1).long()
-    sink = torch.arange(min(cfg.sink_blocks, last + 1), device=chosen.device)
-    room = bank.slots - chosen.shape[1] - len(sink) if bank.slots < bank.pages else last + 1
-    room = min(last + 1, max(1, room))
-    first, window = (
-        selection.window_start // block,
-        torch.arange(last + 1 - room, last + 1, device=chosen.device),
-    )
+    last = ((Tk if length is None else length) - 1) // block
+    chosen = selection.blocks.reshape(B * Hkv, -1).long()
+    sink = torch.arange(min(cfg.sink_blocks, bank.pages), device=chosen.device).clamp(max=last)
+    room = bank.slots - chosen.shape[1] - len(sink) if bank.slots < bank.pages else bank.pages
+    first, room = selection.window_start // block, max(1, room)
+    window = last - torch.arange(room, device=chosen.device)
     # of what is no page one that the sink has
     chosen, window = chosen.where((chosen >= 0) & (chosen <= last), 0), window.where(window >= first, 0)
     bank.find(torch.cat([chosen, torch.cat([sink, window]).expand(len(chosen), -1)], 1))
     k, v = (x.view(B, Hkv, -1, D) for x in bank.rows)
-    return k, v, (bank.slot_of, bank.slot_of.shape[1]), first < last + 1 - room
+    return k, v, (bank.slot_of, bank.slot_of.shape[1]), first <= last - room
 
 
 @triton.jit(do_not_specialize=["pages", "slots"])
@@ -793,6 +773,20 @@ class OffloadedKVCache(hip.OffloadedKVCache):
     """hip.OffloadedKVCache, its arguments and errors, with the banks of this file."""
 
     bank = Bank
+
+    def fill(self, layer: int, h: Tensor, rope: Rope | None, q: Tensor, length: Tensor) -> Begun:
+        """`fill` of a token into a store that the device reaches; returns what stands for k and for v."""
+        bank, (k, v) = self.banks[layer][1], (Begun(x, length) for x in self.store[layer])
+        fill(h, rope, q, k, v)
+        page = ((length - 1) // self.block).expand(len(bank.slot_of), 1)
+        slot = bank.slot_of.gather(1, page)
+        bank.fetch(page.where(slot < bank.slots, bank.pages), slot)  # where it is near, it has a token more
+        return Begun(replace(self.layer(layer), shape=self.shape[1:]), length)
+
+    def filled(self) -> None:
+        """All layers have a token more, which the host has to be told of a recorded step."""
+        self.length, new = [n + 1 for n in self.length], self.store[:, :, :, :, 0]
+        self.moved += new.numel() * new.itemsize
 
 
 # --- launch configurations ---------------------------------------------------------------------------------

@@ -246,8 +246,13 @@ class Context:
         # where kernels can read on the device how many tokens there are, a decoding step is the same for any
         # number, so a GPU may record it once, one with a search and one without, and replay it
         self.end, self.graphs = None, {}  # (1,) tokens after the step; by whether it searches
-        if hasattr(kernels, "fill") and method != "streaming" and self.cache is None:
-            self.end = torch.zeros(1, dtype=torch.int64, device=model.device)
+        if hasattr(kernels, "fill") and method != "streaming":
+            if (
+                self.cache is None
+                or not cfg.dense_layers
+                and kernels.reachable(self.cache.store, model.device)
+            ):
+                self.end = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.calls: list[tuple] = []  # of attention, still to be counted: layers, Tq, Tk, how
         self.counting, self.counted = None, 0  # a selection of decoding, for that; what was counted
         self.dense_scores = 0  # products q . k per head that dense attention would compute
@@ -301,7 +306,9 @@ class Context:
                 if self.cache:
                     self.cache.append(layer, *(y[:, :, self.length :] for y in past))
                 if self.method == "hip" and cfg.memory:
-                    self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped)
+                    self.selection[layer] = first_memory(
+                        last, past[0], cfg, rope=self.clipped, kernels=self.kernels
+                    )
             self.steps, self.graphs = 0, {}
             return model.norm("norm", x)
 
@@ -316,6 +323,8 @@ class Context:
             if self.end is not None:
                 self.end.fill_(self.length + 1)
             x = self.replay(x, search) if self.end is not None and x.is_cuda else self.step(x)
+            if self.end is not None and self.cache:
+                self.cache.filled()
             self.steps += 1
             layers, Tk = self.model.config.layers, self.length + 1
             dense = layers if self.method == "dense" else min(layers, cfg.dense_layers)
@@ -353,6 +362,8 @@ class Context:
 
     def append(self, layer: int, h: Tensor, rope: hip.Rope | None, q: Tensor) -> list:
         """Fill q, and put a token's key and value behind a layer's: these, or what stands for them."""
+        if self.end is not None and self.cache:
+            return [self.cache.fill(layer, h, rope, q, self.end)] * 2
         if self.end is not None:
             past = [self.kernels.Begun(x[layer], self.end) for x in (self.k, self.v)]
             self.fill(h, rope, q, *past)
@@ -477,16 +488,15 @@ def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(i, min(stop, i + size)) for i in range(start, stop, size)]
 
 
-def first_memory(
-    last: Tensor, k: Tensor, cfg: HiPConfig, *, scale: float | None = None, rope: hip.Rope | None = None
-) -> Selection:
+def first_memory(last: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None, kernels=hip) -> Selection:
     """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
 
     As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must
     not give way to what the others need.  Differs from the paper, which searches afresh.
     """
     cfg = replace(cfg, block_q=1, stride_q=1)
-    blocks, start = hip.oracle_blocks(last, k, cfg, scale=scale, rope=rope)
+    every = hip.every_block(last, k, cfg)  # of which the best stay
+    blocks, start = kernels.select_blocks(last, k, cfg, every, scale=scale, rope=rope)
     return Selection(blocks.flatten(2)[:, :, None], start[-1:])
 
 

@@ -1053,9 +1053,11 @@ def test_how_many_tokens_a_cache_has_may_be_known_on_the_device_alone(kernels, c
 
 
 @pytest.mark.parametrize(
-    "method, change", [("dense", {}), ("hip", {}), ("hip", dict(rope_clip=25, dense_layers=1))], ids=str
+    "method, change, store",
+    [("dense", {}, None), ("hip", {}, "host"), ("hip", dict(rope_clip=25, dense_layers=1), None)],
+    ids=str,
 )
-def test_a_model_reads_and_decodes_by_the_kernels_as_by_the_reference(kernels, method, change):
+def test_a_model_reads_and_decodes_by_the_kernels_as_by_the_reference(kernels, method, change, store):
     sizes = dict(width=64, layers=2, heads=4, kv_heads=2, head_size=32, hidden=48, vocabulary=99, context=200)
     config = model.ModelConfig("qwen3", **sizes, norm_eps=1e-6, rope_theta=1e4, rope_divisor=(), tied=True)
     g = torch.Generator().manual_seed(0)
@@ -1063,14 +1065,16 @@ def test_a_model_reads_and_decodes_by_the_kernels_as_by_the_reference(kernels, m
     tokens = torch.randint(99, (1, 61), generator=g)
     cfg, results = replace(SMALL, refresh_interval=3, dense_tail=5, **change), []
     for module in (hip, kernels, kernels)[: 2 + GPU]:
-        context = model.Context(model.Llama(config, weights), 61, cfg, method, module)
+        offload = store and dict(store=store)
+        context = model.Context(model.Llama(config, weights), 61, cfg, method, module, offload=offload)
         if len(results) == 2:  # eager, where a GPU would have recorded steps
             context.replay = lambda x, search, step=context.step: step(x)
         hidden = [context.prefill(tokens[:, :45])]
         hidden += [context.decode(tokens[:, i : i + 1]) for i in range(45, 53)]
         hidden += [context.prefill(tokens[:, 53:56])]  # a further question
         hidden += [context.decode(tokens[:, i : i + 1]) for i in range(56, 61)]
-        results.append((torch.cat(hidden, 1).cpu(), context.scores, context.dense_scores))
+        misses = context.cache.counts()["attention_misses"] if store else 0
+        results.append((torch.cat(hidden, 1).cpu(), context.scores, context.dense_scores, misses))
     (wanted, *counts), (got, *others), (eager, *_) = (*results, results[-1])[:3]
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert torch.equal(got, eager) and counts == others

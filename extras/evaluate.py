@@ -92,13 +92,13 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     """Decoding: the best of what the prompt's end chose, for ever.  In a prompt: the search."""
     if previous is None:
         return kernels.select_blocks(q, k, cfg, rope=rope)
-    keys, blocks, M = hip.source(q, (k,), cfg, None, rope), previous.blocks, cfg.budget
-    for _, x in hip.searching_blocks(q, keys, cfg, None):  # the one query block that there is
-        old = blocks.flatten(0, 2).long()  # (G, M or more)
-        old = old.where(old >= 0, hip.NO_BLOCK)
-        scores = hip.score_blocks(x, keys.thin(cfg.stride_k, copy=False), old, cfg)
-        blocks = hip.best_of(old, scores, M).int().view(*blocks.shape[:3], M)
-    return Selection(blocks, hip.domain(1, k.shape[2], cfg, q.device)[1] * cfg.block_k)
+    keys, blocks = hip.source(q, (k,), cfg, None, rope), previous.blocks
+    hi = hip.domain(1, k.shape[2], cfg, q.device)[1]
+    groups = q.unflatten(1, (blocks.shape[1], -1))  # (B, S, H / S, 1, D)
+    ((_, x),) = hip.query_blocks(groups, keys, hi, cfg, None)
+    old, seen = blocks.long().where(blocks >= 0, hip.NO_BLOCK), hip.seen_anyway(x, keys, cfg)
+    scores = hip.score_blocks(x, keys.thin(cfg.stride_k, copy=False), seen, cfg, old)
+    return Selection(hip.best_of(old, scores, cfg.budget).int(), hi * cfg.block_k)
 
 
 PAPER = dict(top_k=512, score="max", per_head=True, decode_factor=1, dense_tail=0, memory=False)
@@ -327,11 +327,12 @@ def seen(selection: Selection, cfg: HiPConfig, Tk: int) -> torch.Tensor:
 def weights(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, rope: hip.Rope | None = None) -> torch.Tensor:
     """Dense attention of one query block, the mean of its rows: (H, Tk)."""
     (_, H, _, _), (_, Hkv, Tk, _), keys = q.shape, k.shape, hip.source(q, (k,), cfg, None, rope)
-    x = hip.query_blocks(q, keys, slice(0, 1), Hkv, cfg)
-    every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(Hkv, -1)
-    tokens, b_k = hip.gather(x, keys, every, cfg)  # (1, any), (Hkv, any, D)
-    s = (x.q @ b_k.float().transpose(1, 2) * x.scale).masked_fill(hip.later(x, tokens), -math.inf)
-    return s.softmax(-1).view(H, -1, s.shape[2]).mean(1)[:, :Tk]
+    hi = torch.zeros(1, dtype=torch.int64, device=q.device)
+    ((_, x),) = hip.query_blocks(q.unflatten(1, (Hkv, -1)), keys, hi, cfg, None)
+    every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(1, Hkv, 1, -1)
+    tokens, b_k = hip.gather(x, keys, every, cfg)  # (1, Hkv, 1, any), (.., D)
+    s = (x.q @ b_k.float().transpose(3, 4) * x.scale).masked_fill(hip.later(x, tokens), -math.inf)
+    return s.softmax(-1).view(H, -1, s.shape[4]).mean(1)[:, :Tk]
 
 
 def mass_of(weight: torch.Tensor, selection: Selection, cfg: HiPConfig) -> torch.Tensor:

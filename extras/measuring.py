@@ -289,28 +289,22 @@ def watch(context: Context, see: Callable) -> None:
     context.attend = seeing
 
 
-class ScoreTable(hip.Rows):
-    """Block scores (searches, blocks) in place of keys, so that `hip.search` can be watched over them.
-
-    Blocks are one key, which is one number, and queries are 1; a last column is the query's own position.
-    """
+class ScoreTable:
+    """Block scores (searches, blocks), so that `hip.search` can be watched over them."""
 
     def __init__(self, scores: torch.Tensor):
-        super().__init__((F.pad(scores, (0, 1))[None, :, :, None],), 1)
-        self.asked: list[
-            torch.Tensor
-        ] = []  # round by round, the blocks (searches, branches) that were looked at
+        # round by round, the blocks (searches, branches) that were looked at
+        self.scores, self.asked = scores.float(), list[torch.Tensor]()
 
-    def take(self, head: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+    def score(self, blocks: torch.Tensor) -> torch.Tensor:
         self.asked.append(blocks)
-        return super().take(head, blocks)
+        return self.scores.gather(1, blocks.clamp(0, self.scores.shape[1] - 1))  # no block: any score
 
     def search(self, M: int, representative: str = "center") -> torch.Tensor:
         """The blocks (searches, M), ascending, that a search with M nodes chooses."""
-        fields = dict(block_k=1, stride_k=1, sink=0, window=1, score="max", representative=representative)
-        cfg, q = HiPConfig(top_k=M, **fields), torch.ones(1, self.shape[1], 1, 1)
-        ((_, x),) = hip.searching_blocks(q, self, cfg, 1.0)
-        return hip.search(x, self, cfg)[0]
+        cfg = HiPConfig(top_k=M, block_k=1, stride_k=1, sink=0, representative=representative)
+        searches, blocks = self.scores.shape
+        return hip.search(torch.full((searches,), blocks), self.score, cfg)[0]
 
 
 # --- time --------------------------------------------------------------------------------------------------
@@ -413,7 +407,7 @@ def needed(B: int, Tq: int, Tk: int, heads: tuple[int, int, int], cfg: HiPConfig
     rows = (Tk - start).clamp(max=cfg.block_q)
     taking = -(-rows // cfg.stride_q) * (n > 0)
     near = start + (rows + 1) / 2 - n * bk  # sink and window of a row, on average
-    rounds = torch.tensor([hip.rounds_of(x, cfg) for x in n.tolist()])
+    rounds = torch.tensor([cfg.rounds(x) for x in n.tolist()])
     known = M if cfg.representative == "center" else 0  # scores of the last round
     looked = n.where(n <= 2 * M, 2 * M * rounds - known) + (M if Tq == 1 else 0)
     looked = looked * (bk // cfg.stride_k) * (n > 0)
