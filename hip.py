@@ -154,6 +154,11 @@ def select_blocks(
     Differs from the paper: one search for the query heads that share a key head (not with cfg.per_head); a
     score that estimates attention mass (not with cfg.score="max"); `previous`, whose better blocks stay.
     """
+    return choose(q, k, cfg, previous, scale, rope)
+
+
+def choose(q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None, scale, rope) -> Selection:
+    """`select_blocks`, and `oracle_blocks`, for which all blocks are previous."""
     (B, H, Tq, _), keys, M = q.shape, source(q, (k,), cfg, scale, rope), cfg.budget
     S, (lo, hi) = H if cfg.per_head else keys.shape[1], domain(Tq, keys.shape[2], cfg, q.device)
     if previous is not None:
@@ -394,9 +399,9 @@ def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None
     """The exact best M blocks by the search's own score, in O(T^2).  Else as `select_blocks`, its like."""
     check(q, (k,), scale)
     hi = domain(q.shape[2], k.shape[2], cfg, q.device)[1]
-    every = torch.arange(int(hi.max()), dtype=torch.int32, device=q.device)
+    every = torch.arange(-(-k.shape[2] // cfg.block_k), dtype=torch.int32, device=q.device)
     every = every.expand(len(q), (q if cfg.per_head else k).shape[1], len(hi), -1)
-    return select_blocks(q, k, cfg, Selection(every, hi), scale=scale, rope=rope)  # the best of all stay
+    return choose(q, k, cfg, Selection(every, hi), scale, rope)
 
 
 def random_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, generator=None) -> Selection:
