@@ -154,6 +154,11 @@ def select_blocks(
     Differs from the paper: one search for the query heads that share a key head (not with cfg.per_head); a
     score that estimates attention mass (not with cfg.score="max"); `previous`, whose better blocks stay.
     """
+    return choose(q, k, cfg, previous, scale, rope)
+
+
+def choose(q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None, scale, rope) -> Selection:
+    """`select_blocks`, and `oracle_blocks`, for which all blocks are previous."""
     (B, H, Tq, _), keys, M = q.shape, source(q, (k,), cfg, scale, rope), cfg.budget
     S, (lo, hi) = H if cfg.per_head else keys.shape[1], domain(Tq, keys.shape[2], cfg, q.device)
     if previous is not None:
@@ -393,14 +398,14 @@ class Rows:
 def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None) -> Selection:
     """The exact best M blocks by the search's own score, in O(T^2).  Else as `select_blocks`, its like."""
     check(q, (k,), scale)
-    return select_blocks(q, k, cfg, every_block(q, k, cfg), scale=scale, rope=rope)
+    return choose(q, k, cfg, every_block(q, k, cfg), scale, rope)
 
 
 def every_block(q: Tensor, k: Tensor, cfg: HiPConfig) -> Selection:
-    """As a `previous` selection, of which the best stay: makes a search exact, also one by kernels."""
-    hi = domain(q.shape[2], k.shape[2], cfg)[1]
-    every = torch.arange(int(hi.max()), dtype=torch.int32, device=q.device)
-    return Selection(every.expand(len(q), (q if cfg.per_head else k).shape[1], len(hi), -1), hi.to(q.device))
+    """As a `previous` selection, of which the best stay: makes a search exact, one by kernels, too."""
+    hi = domain(q.shape[2], k.shape[2], cfg)[1].to(q.device)
+    every = torch.arange(-(-k.shape[2] // cfg.block_k), dtype=torch.int32, device=q.device)
+    return Selection(every.expand(len(q), (q if cfg.per_head else k).shape[1], len(hi), -1), hi)
 
 
 def random_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, generator=None) -> Selection:

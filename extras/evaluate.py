@@ -330,8 +330,8 @@ def weights(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, rope: hip.Rope | N
     hi = torch.zeros(1, dtype=torch.int64, device=q.device)
     ((_, x),) = hip.query_blocks(q.unflatten(1, (Hkv, -1)), keys, hi, cfg, None)
     every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(1, Hkv, 1, -1)
-    tokens, b_k = hip.gather(x, keys, every, cfg)  # (1, Hkv, 1, any), (.., D)
-    s = (x.q @ b_k.float().transpose(3, 4) * x.scale).masked_fill(hip.later(x, tokens), -math.inf)
+    (b_k,) = hip.gather(x, keys, every, cfg)  # (1, Hkv, 1, any, D)
+    s = (x.q @ b_k.float().transpose(3, 4) * x.scale).masked_fill(hip.later(x, every, cfg), -math.inf)
     return s.softmax(-1).view(H, -1, s.shape[4]).mean(1)[:, :Tk]
 
 

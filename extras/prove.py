@@ -667,10 +667,10 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("rotation backwards",
      "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
      "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)"),
-    ("the oracle misses the last block",
-     "every = torch.arange(int(hi.max()),", "every = torch.arange(int(hi.max()) - 1,"),
+    ("the oracle misses the first blocks",
+     "every = torch.arange(-(-k.shape[2] // cfg.block_k),", "every = torch.arange(4, 4 - -k.shape[2] // cfg.block_k,"),  # noqa: E501
     ("the oracle sees every second block",
-     "every = torch.arange(int(hi.max()),", "every = torch.arange(0, int(hi.max()), 2,"),
+     "every = torch.arange(-(-k.shape[2] // cfg.block_k),", "every = torch.arange(0, -(-k.shape[2] // cfg.block_k), 2,"),  # noqa: E501
     ("random blocks: the later are likelier",
      "Selection(best_of(every, scores, M).int()",
      "Selection(best_of(every, scores + torch.arange(every.shape[3]) * 0.02, M).int()"),
