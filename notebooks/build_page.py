@@ -216,6 +216,8 @@ def page_data(net: Llama, tokenizer: Tokenizer) -> Iterator[str]:
     common = {
         "block_k": cfg.block_k,
         "block_q": cfg.block_q,
+        "stride_k": cfg.stride_k,
+        "stride_q": cfg.stride_q,
         "lo": cfg.sink_blocks,
         "window": cfg.window,
         "group": group,
