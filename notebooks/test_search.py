@@ -109,7 +109,7 @@ def test_every_search_of_the_page_is_whole():
     assert (DATA["nodes"], DATA["heads"]) == ([*NODES], [[*x] for x in HEADS])
     assert NODES[-1] == HiPConfig().budget and len(DATA["texts"]) == 3
     for text in DATA["texts"]:
-        assert len(text["queries"]) == len(PLACES) and len(text["blocks"]) * 32 >= text["tokens"]
+        assert len(text["queries"]) == len(PLACES) and len(text["blocks"]) * DATA["block_k"] >= text["tokens"]
         for query in text["queries"]:
             hi = query["hi"]
             assert query["text"].strip() and [len(ways) for ways in query["heads"]] == [group + 1] * len(
@@ -117,7 +117,9 @@ def test_every_search_of_the_page_is_whole():
             )
             for way in (way for ways in query["heads"] for way in ways):
                 attention, low = unpacked(way["attention"], "<u2") / 65535, lo
-                assert len(attention) == -(-query["end"] // 32) and abs(attention.sum() - 1) < 1e-3
+                assert (
+                    len(attention) == -(-query["end"] // DATA["block_k"]) and abs(attention.sum() - 1) < 1e-3
+                )
                 assert len(unpacked(way["scores"], "<u2")) == hi - low and way["range"][0] < way["range"][1]
                 for M, search in way["searches"].items():
                     before = unpacked(search["edges"])
@@ -248,6 +250,44 @@ def test_on_a_phone_drawing_and_words_are_seen_together(visit):
     assert 0 <= stage["y"] < 100 and title["y"] + title["height"] < bar
 
 
+@pytest.mark.parametrize("width", [320, 390, 820, 1280])
+def test_text_queries_head_and_budget_can_be_chosen(visit, width):
+    page = visit(width, 844)
+    if width <= 900:  # there the choices are folded away
+        page.click("#choices summary")
+    for name, choice in (("text", 2), ("query", 1), ("head", 3), ("nodes", 2), ("way", 2)):
+        box = page.locator(f"#pick-{name}").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] >= 40
+        page.locator(f"#pick-{name}").select_option(str(choice))
+        assert sideways(page) <= 0
+    assert page.evaluate("location.hash") == "#2.1.3.2.2.0"
+    asked = DATA["texts"][2]["queries"][1]["text"].split()[-3:]
+    assert " ".join(asked) in page.inner_text("#words")
+
+
+def test_the_drawing_has_each_branch_and_each_block_that_spoke(visit):
+    page = visit(1280, 900, "#2.3.1.0.1.5")  # two rounds, both decided
+    query = DATA["texts"][2]["queries"][3]
+    search = query["heads"][1][0]["searches"]["16"]
+    blocks = -(-query["end"] // DATA["block_k"])
+    svg = page.locator("#stage svg")
+    width = float(svg.get_attribute("viewBox").split()[2]) - 6
+
+    def drawn(kind, *names):
+        shapes = svg.locator(f'{kind}[fill="var(--{names[0]})"]').all()
+        return [[float(x.get_attribute(name)) for name in names[1:]] for x in shapes]
+
+    rounds = rounds_of(search)[:2]
+    for kept, dot, bar in ((1, "kept", "kept-soft"), (0, "dropped", "dropped-soft")):
+        branches = np.concatenate([x[x[:, 2] == kept] for x in rounds])
+        speakers = (branches[:, 0] + branches[:, 1]) // 2 + 0.5
+        assert np.allclose(
+            [x for (x,) in drawn("circle", dot, "cx")], 3 + speakers / blocks * width, atol=0.1
+        )
+        bars = [(x, x + w) for x, w, h in drawn("rect", bar, "x", "width", "height") if h == 44]
+        assert np.allclose(bars, 3 + branches[:, :2] / blocks * width, atol=1.5)
+
+
 def test_keys_and_slider_move_as_the_buttons_do(visit):
     page = visit(1280, 900)
     count = lambda: page.inner_text("#count")  # noqa: E731
@@ -315,7 +355,7 @@ def test_a_tap_tells_what_a_block_says_and_how_it_fared(visit):
     search = DATA["texts"][0]["queries"][3]["heads"][2][0]["searches"]["8"]
     first, last, kept = rounds_of(search)[0].T
     svg = page.locator("#stage svg")
-    box, blocks = svg.bounding_box(), -(-DATA["texts"][0]["queries"][3]["end"] // 32)
+    box, blocks = svg.bounding_box(), -(-DATA["texts"][0]["queries"][3]["end"] // DATA["block_k"])
     for i in (0, 9):
         speaker = int(first[i] + last[i]) // 2
         svg.tap(position=dict(x=3 + (speaker + 0.5) / blocks * (box["width"] - 6), y=95))
@@ -323,6 +363,8 @@ def test_a_tap_tells_what_a_block_says_and_how_it_fared(visit):
         assert f"Block {speaker}," in told and "Round 1: looked at" in told
         assert ("kept" if kept[i] else "dropped") in told
         assert page.locator("#text .here").get_attribute("data-b") == str(speaker)
+        stage, note, words = (page.locator(x).bounding_box()["y"] for x in ("#stage", "#inspect", "#words"))
+        assert stage < note < words, "on a phone it is told beside what was tapped"
 
 
 def test_every_search_can_be_shown_at_a_phones_width(visit):
