@@ -88,12 +88,17 @@ def trace(q: Tensor, k: Tensor, cfg: HiPConfig) -> Trace:
     follows from what was kept; that it is the middle of it, and what is left at the end, is checked.
     """
     asked, kept, every = [], [], []
+
+    def scored(args: tuple, scores: Tensor) -> tuple[Tensor, Tensor]:  # which blocks, and how
+        whole = (x for x in args if isinstance(x, Tensor) and not x.is_floating_point())
+        return next(x for x in whole if x.shape == scores.shape).flatten(), scores.flatten()
+
     with (
-        heard("score_blocks", lambda args, _: asked.append(args[2][0])),
-        heard("best", lambda args, keep: kept.append((args[0][0], keep[0]))),
+        heard("score_blocks", lambda *call: asked.append(scored(*call)[0])),
+        heard("best", lambda args, keep: kept.append((args[0].flatten(), keep.flatten()))),
     ):
         selection = hip.select_blocks(q, k, cfg)
-    with heard("score_blocks", lambda args, scores: every.append((args[2][0], scores[0]))):
+    with heard("score_blocks", lambda *call: every.append(scored(*call))):
         oracle = hip.oracle_blocks(q, k, cfg)
     lo, hi, M = cfg.sink_blocks, int(selection.window_start[0]) // cfg.block_k, cfg.budget
     if not asked:
@@ -114,8 +119,12 @@ def trace(q: Tensor, k: Tensor, cfg: HiPConfig) -> Trace:
     chosen, exact = (x.blocks[0, 0, 0].long() for x in (selection, oracle))
     chosen, exact = chosen[chosen >= 0], exact[exact >= 0]
     assert torch.equal(f[f < l].sort().values, chosen), "other blocks were chosen"
-    blocks, scores = (torch.cat(x) for x in zip(*every, strict=True))
-    return Trace(edges, rounds, chosen, exact, scores[(lo <= blocks) & (blocks < hi)])
+    known = torch.full((hi - lo,), torch.nan)
+    for blocks, score in every:
+        inside = (lo <= blocks) & (blocks < hi)
+        known[blocks[inside] - lo] = score[inside]
+    assert not known.isnan().any(), "a block has no score"
+    return Trace(edges, rounds, chosen, exact, known)
 
 
 def attention_of_blocks(q: Tensor, k: Tensor, block: int) -> Tensor:
