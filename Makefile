@@ -27,6 +27,10 @@ notebooks: install
 
 check-notebooks: install
 	$(RUN) notebooks/build.py --check
+	$(RUN) -m pytest -q -rs notebooks/test_search.py
+
+page: install
+	$(RUN) notebooks/build_page.py
 
 picture: install
 	$(RUN) notebooks/draw_tree.py
@@ -34,4 +38,4 @@ picture: install
 clean:
 	rm -rf .venv passkey.txt
 
-.PHONY: install demo test notebooks check-notebooks picture clean
+.PHONY: install demo test notebooks check-notebooks page picture clean

@@ -4,7 +4,8 @@
     python notebooks/build.py 2_pruning_tree      # some
     python notebooks/build.py --check             # execute, write nothing
 
-What changes from run to run without meaning anything (time stamps, names of the kernel) is taken out.
+What changes from run to run without meaning anything (time stamps, names of the kernel) is taken out; so are
+sliders, which only live where a kernel runs.  The page beside the notebooks is made by `build_page.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+SLIDERS = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(path: Path, write: bool) -> None:
@@ -41,6 +43,8 @@ def execute(path: Path, write: bool) -> None:
     notebook.metadata = METADATA
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
+        if "outputs" in cell:
+            cell.outputs = [x for x in cell.outputs if SLIDERS not in x.get("data", {})]
         for output in cell.get("outputs", []):
             if "data" in output:
                 output.metadata = {}
