@@ -114,7 +114,7 @@ def arguments() -> argparse.ArgumentParser:
         "--prefill-chunk",
         metavar="N",
         type=int,
-        default=8192,
+        default=32768,
         help="tokens of a layer that attend at a time (%(default)s)",
     )
     add("--offload", choices=("host", "disk"), help="keep keys and values there, near only what is in use")

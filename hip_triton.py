@@ -805,7 +805,7 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
     no register there (extras/prove.py); other sizes are guesses.  On an A100 the kernels with
     clipped positions spill.
     """
-    ROWS, wide = max(16, triton.next_power_of_2(rows)), D > 64
+    ROWS, WIDTH, wide = max(16, triton.next_power_of_2(rows)), triton.next_power_of_2(D), D > 64
     if dtype == torch.float32:  # no matrix units: products keep their operands in registers
         ROWS = min(ROWS, max(16, 4096 // triton.next_power_of_2(D))) if kernel == "attention" else ROWS
         return dict(
@@ -821,10 +821,9 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
     if kernel == "split":
         return dict(ROWS=ROWS, TILE=64, num_warps=2 if wide else 4, num_stages=2)
     if ROWS <= 32:  # decoding
-        TILE = 32 if clip else 64 if D > 128 else 128 if wide else 256
-        return dict(
-            ROWS=ROWS, TILE=TILE, num_warps=8 if TILE == 256 else 2 if TILE == 64 else 4, num_stages=3
-        )
+        if clip:
+            return dict(ROWS=ROWS, TILE=32, num_warps=4, num_stages=3)
+        return dict(ROWS=ROWS, TILE=256 * 64 // max(64, WIDTH), num_warps=2 if wide else 8, num_stages=3)
     return dict(ROWS=ROWS, TILE=64, num_warps=4 if ROWS <= 128 else 8, num_stages=1 if clip else 2)
 
 

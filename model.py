@@ -267,7 +267,7 @@ class Context:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Tensor, chunk: int = 8192, progress: Callable[[int, int], None] | None = None
+        self, tokens: Tensor, chunk: int = 32768, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """Read a prompt (B, T) by layers, its last `dense_tail` queries densely: hidden states (B, T, C).
 

@@ -82,7 +82,7 @@ def source(
     import hip_triton
 
     (kernel, *kinds), (H, Hkv), M = kernel.split("-"), heads, cfg.budget
-    cfg = replace(cfg, rope_clip=4096 if "rope" in kinds else None)
+    cfg = replace(cfg.decoding if "step" in kinds else cfg, rope_clip=4096 if "rope" in kinds else None)
     group = (cfg, H // Hkv, 1, D, dtype)
     constants = {
         "search": lambda: hip_triton.search_constants(*group, 1 if "step" in kinds else cfg.block_q),
