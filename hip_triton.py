@@ -805,7 +805,7 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
     no register there (extras/prove.py); other sizes are guesses.  On an A100 the kernels with
     clipped positions spill.
     """
-    ROWS, WIDTH, wide = max(16, triton.next_power_of_2(rows)), triton.next_power_of_2(D), D > 64
+    ROWS, wide = max(16, triton.next_power_of_2(rows)), D > 64
     if dtype == torch.float32:  # no matrix units: products keep their operands in registers
         ROWS = min(ROWS, max(16, 4096 // triton.next_power_of_2(D))) if kernel == "attention" else ROWS
         return dict(
@@ -822,8 +822,8 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
         return dict(ROWS=ROWS, TILE=64, num_warps=2 if wide else 4, num_stages=2)
     if ROWS <= 32:  # decoding
         if clip:
-            return dict(ROWS=ROWS, TILE=32, num_warps=4, num_stages=3)
-        return dict(ROWS=ROWS, TILE=256 * 64 // max(64, WIDTH), num_warps=2 if wide else 8, num_stages=3)
+            return dict(ROWS=ROWS, TILE=32, num_warps=8, num_stages=2)
+        return dict(ROWS=ROWS, TILE=64 if D > 128 else 128, num_warps=2, num_stages=3)
     return dict(ROWS=ROWS, TILE=64, num_warps=4 if ROWS <= 128 else 8, num_stages=1 if clip else 2)
 
 
