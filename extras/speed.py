@@ -332,13 +332,32 @@ REST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.M
 BACKENDS = {"dense": [SDPBackend.CUDNN_ATTENTION, *REST], "dense-flash": REST}
 
 
+def model_floors(model: Llama, B: int, T: int, cfg: HiPConfig, dense: bool) -> tuple[float, float]:
+    """Least seconds to read B rows of T tokens, and for a step: of weights, keys and values, and arithmetic."""
+    c, size, device = model.config, model.dtype.itemsize, model.device.type
+    reached = {
+        name: x / seconds_of(run, device)
+        for name, (run, x) in measuring.ceilings(device, model.dtype).items()
+    }
+    layers = sum(w.numel() for name, w in model.weights.items() if name.startswith("layers.") and w.ndim == 2)
+    seconds = []
+    for Tq, numbers in (T, layers), (1, layers + c.width * c.vocabulary):
+        how, heads = cfg.decoding if Tq == 1 else cfg, (c.head_size, c.heads, c.kv_heads)
+        need = measuring.needed(B, Tq, T, heads, how, size)
+        part = {x: measuring.floor(need[x], reached) for x in (["dense"] if dense else ["search", "sparse"])}
+        part["search"] = part.get("search", 0) / (cfg.refresh_interval if Tq == 1 else 1)
+        weights = measuring.floor((2 * B * Tq * numbers, numbers * size), reached)
+        seconds.append(weights + c.layers * sum(part.values()))
+    return tuple(seconds)
+
+
 def model_row(T: int, name: str, cfg: HiPConfig, options: argparse.Namespace) -> dict:
     """The model reads T tokens, and decodes behind them."""
     (model, tokenizer), room = options.loaded(), WARM + ROUNDS * options.steps
-    g, context = torch.Generator().manual_seed(1), None
-    text = torch.randint(model.config.vocabulary, (1, T + room), generator=g).to(model.device)
+    g, context, B = torch.Generator().manual_seed(1), None, options.batch
+    text = torch.randint(model.config.vocabulary, (B, T + room), generator=g).to(model.device)
     if tokenizer:
-        text = torch.tensor([measuring.natural_text(tokenizer, T + room)], device=model.device)
+        text = torch.tensor([measuring.natural_text(tokenizer, T + room)] * B, device=model.device)
     kernels = hip if name == "pytorch" else options.kernels
     how = dict(
         kernels=kernels,
@@ -348,14 +367,14 @@ def model_row(T: int, name: str, cfg: HiPConfig, options: argparse.Namespace) ->
     def read() -> float:
         nonlocal context
         context = None  # or two would be there at once
-        context = Context(model, T + room, cfg, "dense" if "dense" in name else "hip", **how)
+        context = Context(model, T + room, cfg, "dense" if "dense" in name else "hip", batch=B, **how)
         began = now()
         measuring.read(context, text[:, :T], what=name)
         return now() - began
 
     def step(i: int) -> torch.Tensor:
         hidden = context.decode(text[:, T + i : T + i + 1])
-        model.logits(hidden[0, -1]).argmax().item()  # as a loop has to that goes on with this token
+        model.logits(hidden[:, -1]).argmax(-1).tolist()  # as a loop has to that goes on with these tokens
         return hidden
 
     with (
@@ -363,11 +382,16 @@ def model_row(T: int, name: str, cfg: HiPConfig, options: argparse.Namespace) ->
     ):
         times, memory = take_turns({name: read}, options, lambda run: run(), options.repeats)
         (row,) = decode([Way(name, step, context.cache)], options)
+    floors = model_floors(model, B, T, cfg, "dense" in name)
     row["MB on the GPU"] = None  # but for what decoding adds it stands in the peak
     peak = {"peak GB beside the weights": memory[name] and memory[name] / 1e9}
+    seconds = statistics.median(times[name]), row["ms a step"] / 1000
+    shares = ", ".join(f"{x / y:.0%}" for x, y in zip(floors, seconds, strict=True))
     speeds = {
-        "prefill tokens/s": T / statistics.median(times[name]),
-        "decoding tokens/s": 1000 / row["ms a step"],
+        "seconds to read": seconds[0],
+        "prefill tokens/s": B * T / seconds[0],
+        "decoding tokens/s": B / seconds[1],
+        "of the floor: reading, decoding": shares,
     }
     return {"rows": [{"way": name} | speeds | row | peak]}
 
@@ -382,6 +406,8 @@ def model(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> I
     unclipped           the same without clipping, for its time: it answers nonsense there
     host, disk          hip with keys and values in host memory, in a file
     pytorch             hip.py on a GPU, where the others run hip_triton.py
+
+    Of the floor: the least time for weights, keys and values, and arithmetic, as a share of the time.
     """
     trained, name = options.loaded()[0].config.context, options.model or options.shape
     for T, each in product(options.tokens, options.ways):
@@ -391,7 +417,7 @@ def model(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> I
         ):
             continue
         own = replace(cfg, rope_clip=trained // 2) if long and each != "unclipped" else cfg
-        same = dict(tokens=T, way=each, model=name, steps=options.steps)
+        same = dict(tokens=T, way=each, model=name, steps=options.steps, batch=options.batch)
         yield same, partial(model_row, T, each, own, options)
 
 
@@ -577,6 +603,7 @@ def arguments() -> argparse.ArgumentParser:
     add = adds["model"]
     add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")
     add("--shape", choices=SHAPES, help="random weights in the shape of a model, in place of --model")
+    add("--batch", type=positive, default=1, metavar="N", help="texts that are read at once (1)")
     add("--ways", nargs="+", choices=WAYS, default=[*WAYS][:-1], metavar="WAY", help="(all but pytorch)")
     add = adds["offload"]
     add("--stores", nargs="+", choices=("host", "disk"), default=["host"], help="(host)")
