@@ -333,14 +333,14 @@ BACKENDS = {"dense": [SDPBackend.CUDNN_ATTENTION, *REST], "dense-flash": REST}
 
 
 def model_floors(model: Llama, B: int, T: int, cfg: HiPConfig, dense: bool) -> tuple[float, float]:
-    """Least seconds to read B rows of T tokens, and for a step: of weights, keys and values, and arithmetic."""
+    """Least seconds to read B texts of T tokens, and for a step: of weights, keys, values and arithmetic."""
     c, size, device = model.config, model.dtype.itemsize, model.device.type
     reached = {
-        name: x / seconds_of(run, device)
-        for name, (run, x) in measuring.ceilings(device, model.dtype).items()
+        name: work / min(seconds_of(run, device) for _ in range(3))
+        for name, (run, work) in measuring.ceilings(device, model.dtype).items()
     }
-    layers = sum(w.numel() for name, w in model.weights.items() if name.startswith("layers.") and w.ndim == 2)
-    seconds = []
+    matrices = [x for name, x in model.weights.items() if name.startswith("layers.") and x.ndim == 2]
+    layers, seconds = sum(x.numel() for x in matrices), []
     for Tq, numbers in (T, layers), (1, layers + c.width * c.vocabulary):
         how, heads = cfg.decoding if Tq == 1 else cfg, (c.head_size, c.heads, c.kv_heads)
         need = measuring.needed(B, Tq, T, heads, how, size)
