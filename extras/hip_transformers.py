@@ -506,6 +506,8 @@ class Stored:
             'HiPOffloadedCache can be read by attn_implementation="hip" alone: set that, or use another cache'
         )
 
+    __getitem__ = __getattr__
+
     @property
     def length(self) -> int:
         """Tokens read, with padding."""

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -34,7 +35,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -183,6 +186,11 @@ CACHES = [pytest.param(lambda model: DynamicCache(), id="resident"), pytest.para
 
 def some_tokens(*shape, seed=0):  # but 0, which generate takes for padding
     return torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+TEXT = some_tokens(1, 50)
+LEAST = (1 + 4 + 5) * 8 + 2 * 4 * 4  # SMALL's sink, chosen and window for attention, one round of the search
+STORES = [dict(store="host"), dict(store="disk", resident_tokens=LEAST)]
 
 
 @torch.no_grad()
@@ -560,29 +568,6 @@ def test_prefill_in_chunks_is_what_generate_does_with_a_chunk_size(model, chunk,
     assert torch.equal(logits[:, 199:].argmax(-1), generated[:, 200:])
 
 
-def test_beam_search_and_sampling_give_the_librarys_tokens_where_the_budget_covers(model):
-    model.config.hip, results = COVERS, {}
-    for implementation in ("sdpa", "hip"):
-        model.set_attn_implementation(implementation)
-        for options in (dict(num_beams=3), dict(do_sample=True, num_return_sequences=3, top_k=20)):
-            torch.manual_seed(0)
-            tokens = model.generate(some_tokens(2, 100), max_new_tokens=15, **GREEDY | options)
-            results.setdefault(str(options), []).append(tokens)
-    model.config.hip = SMALL
-    assert all(torch.equal(*pair) for pair in results.values())
-
-
-def test_assisted_generation_gives_the_librarys_tokens_where_the_budget_covers():
-    model, assistant, results = tiny(), tiny(num_hidden_layers=1), []
-    model.config.hip = assistant.config.hip = COVERS
-    for implementation in ("sdpa", "hip"):
-        model.set_attn_implementation(implementation)
-        assistant.set_attn_implementation(implementation)
-        for options in ({}, dict(prompt_lookup_num_tokens=3), dict(assistant_model=assistant)):
-            results.append(model.generate(TEXT.repeat(1, 4), max_new_tokens=15, **GREEDY | options))
-    assert all(torch.equal(x, results[0]) for x in results)
-
-
 def test_beam_search_searches_at_every_step_without_memory(model, searches):
     model.generate(some_tokens(1, 200), max_new_tokens=6, num_beams=3, **GREEDY)
     steps = [previous for q, previous, _ in searches if q.shape[2] == 1]
@@ -599,12 +584,211 @@ def test_a_compiled_model_gives_the_same_tokens_and_fullgraph_is_refused():
         whole(some_tokens(1, 200))
 
 
+# --- every way to generate, every cache --------------------------------------------------------------------
+
+WAYS = {  # options of generate; what the library has moved to the hub (dola, contrastive, ...) is not here
+    "greedy": {},
+    "sampling": dict(do_sample=True, top_k=20),
+    "several samples": dict(do_sample=True, num_return_sequences=3),
+    "beams": dict(num_beams=3),
+    "sampled beams": dict(num_beams=3, do_sample=True),
+    "an assistant": dict(assistant_model=tiny(num_hidden_layers=1)),
+    "an assistant, sampling": dict(assistant_model=tiny(num_hidden_layers=1), do_sample=True),
+    "its own first layer as assistant": dict(assistant_early_exit=1),
+    "prompt look-up": dict(prompt_lookup_num_tokens=3),
+    "guidance": dict(guidance_scale=1.5, negative_prompt_ids=some_tokens(1, 30, seed=1)),
+    "penalties": dict(repetition_penalty=1.3, no_repeat_ngram_size=2),
+    "pieces of a prompt": dict(prefill_chunk_size=64),
+    "no cache": dict(use_cache=False),
+    "static cache": dict(cache_implementation="static"),
+    "quantized cache": dict(cache_implementation="quantized", cache_config=dict(backend="fp8")),
+    "offloaded cache": dict(cache_implementation="offloaded"),  # the library's, of a GPU
+    "offloaded static cache": dict(cache_implementation="offloaded_static"),
+}
+
+
+@pytest.mark.parametrize("new", [lambda model: None, *CACHES])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_generate_gives_the_librarys_tokens_where_the_budget_covers(way, new):
+    options, results = GREEDY | WAYS[way] | dict(max_new_tokens=15), []
+    model, text = tiny(), TEXT.repeat(1, 4)
+    models = [model, *[x for x in options.values() if isinstance(x, LlamaForCausalLM)]]
+    if new(model) is not None and not {"use_cache", "cache_implementation"}.isdisjoint(options):
+        pytest.skip("one cache at a time")
+    for implementation in ("sdpa", "hip"):
+        for x in models:
+            x.set_attn_implementation(implementation)
+            x.config.hip = COVERS
+        torch.manual_seed(0)
+        cache = new(model) if implementation == "hip" else None
+        try:
+            results.append(model.generate(text, past_key_values=cache, **options))
+        except (AssertionError, ImportError) as error:  # no GPU, no such cache in an older library
+            assert implementation == "sdpa"
+            pytest.skip(str(error))
+    assert torch.equal(*results)
+
+
+def rebuilt(cache):
+    return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+
+
+def sliced(cache):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :100], layer.values[:, :, :100]
+
+
+CHANGES = {  # what is done with a cache of two rows of 150 tokens; which of these go on, and how long
+    "nothing": (lambda cache: None, [0, 1], 150),
+    "cropped": (lambda cache: cache.crop(-37), [0, 1], 113),
+    "cropped to nearly nothing": (lambda cache: cache.crop(-149), [0, 1], 1),
+    "repeated": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1], 150),
+    "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), [1, 1], 150),
+    "selected": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1], 150),
+    "selected by a mask": (lambda cache: cache.batch_select_indices(torch.tensor([False, True])), [1], 150),
+    "copied": (copy.deepcopy, [0, 1], 150),
+    "sliced": (sliced, [0, 1], 100),
+    "rebuilt": (rebuilt, [0, 1], 150),
+}
+KEPT = [*CHANGES][:-2]  # there are no tensors to slice in an offloaded cache
+
+
+def behind(model, cache, change, n, text=None):
+    """Logits of n tokens behind a cache that was changed, and of the answer to them, and the cache."""
+    change, rows, T = CHANGES[change]
+    text = some_tokens(2, 150)[rows] if text is None else text[rows]
+    cache = change(cache) or cache
+    tokens = torch.cat([text[:, :T], some_tokens(len(rows), n + 9, seed=n)], 1)
+    return read(model, tokens[:, T:], [n], cache=cache), tokens
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 40])
+@pytest.mark.parametrize(
+    "new, change",
+    [(DynamicCache, x) for x in CHANGES] + [(lambda: offloaded(tiny()), x) for x in KEPT],
+)
+def test_a_question_may_follow_behind_any_cache(model, new, change, n):
+    cache, model.config.hip = new(), COVERS
+    read(model, some_tokens(2, 150), [150], cache=cache)
+    ours, tokens = behind(model, cache, change, n)
+    model.set_attn_implementation("sdpa")
+    expected = read(model, tokens, [tokens.shape[1]])[:, -n - 9 :]
+    model.set_attn_implementation("hip")
+    model.config.hip = SMALL
+    close(ours, expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_short_question_is_dense_behind_any_cache(model, change, searches):
+    cache = DynamicCache()
+    read(model, some_tokens(2, 150), [150], cache=cache)
+    searches.clear()
+    with watched() as calls:
+        behind(model, cache, change, 5)
+    assert len(searches) == 2 * 3  # of nine decoding steps
+    for call in calls[:2]:
+        close(call.o, hip.dense_attention(call.q, call.k, call.v))
+
+
+@pytest.mark.parametrize("change", KEPT)
+@pytest.mark.parametrize("store", STORES)
+def test_an_offloaded_cache_that_was_changed_goes_on_as_one_that_is_not_offloaded(model, change, store):
+    results, text = [], some_tokens(2, 150)
+    for cache in (DynamicCache(), offloaded(model, **store)):
+        read(model, text, [130], cache=cache)  # with decoding, so that there are pages on the device
+        results.append([behind(model, copy.deepcopy(cache), change, n)[0] for n in (1, 3, 40)])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_copies_of_an_offloaded_cache_go_their_own_ways(model):
+    cache, text = offloaded(model), some_tokens(1, 320)
+    read(model, text[:, :300], [300], cache=cache)
+    caches = [cache, copy.deepcopy(cache), copy.copy(cache)]
+    caches[2].layers = [copy.copy(layer) for layer in cache.layers]
+    answers = [some_tokens(1, 20, seed=seed) for seed in range(3)]
+    ours = [[], [], []]
+    for i in range(20):
+        for j in range(3):
+            ours[j].append(read(model, answers[j][:, i : i + 1], [], cache=caches[j]))
+    for j in range(3):
+        expected = read(model, torch.cat([text[:, :300], answers[j]], 1), [300])[:, 300:]
+        close(torch.cat(ours[j], 1), expected)
+
+
+# --- many requests at a time -------------------------------------------------------------------------------
+
+
+def batch(model, texts, count=12, many=1, **fields):
+    """What the library's continuous batching answers to texts (lists of tokens)."""
+    model.generation_config.pad_token_id = 0
+    outputs = model.generate_batch(
+        texts,
+        generation_config=GenerationConfig(
+            do_sample=many > 1, eos_token_id=-1, max_new_tokens=count, num_return_sequences=many
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(
+            **dict(num_blocks=64, page_size=16, max_batch_tokens=2048, seed=0) | fields
+        ),
+    )
+    assert [output.error for output in outputs.values()] == [None] * len(texts) * many
+    return [output.generated_tokens for output in outputs.values()]
+
+
+TEXTS = [some_tokens(1, T, seed=T)[0].tolist() for T in (200, 33, 1, 150, 201)]
+TEXTS.append(TEXTS[0][:120] + TEXTS[3][:60])  # begins as another one does
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "gemma3_text", "qwen2 sliding"])
+def test_many_requests_at_once_get_the_answers_of_one_by_one(name, searches):
+    model = tiny(name.split()[0], **FAMILIES[name])
+    for model.config.hip in (SMALL, changed(SMALL, dense_layers=1, memory=False)):
+        expected = [answer(model, text) for text in TEXTS]
+        searches.clear()
+        assert batch(model, TEXTS) == expected
+        assert searches or model.config.hip.dense_layers
+    assert model.config._attn_implementation == "hip"
+
+
+def answer(model, text, count=12):
+    return model.generate(torch.tensor([text]), **GREEDY | dict(max_new_tokens=count))[
+        0, len(text) :
+    ].tolist()
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(max_batch_tokens=64), dict(num_blocks=20), dict(num_blocks=20, many=2)]
+)
+def test_prompts_in_pieces_and_requests_that_wait_get_the_librarys_answers_where_the_budget_covers(fields):
+    model, results = tiny(), []
+    model.config.hip = COVERS
+    for implementation in ("sdpa", "hip"):
+        model.set_attn_implementation(implementation)
+        results.append(batch(model, TEXTS, **fields))
+    assert results[0] == results[1]
+
+
+def test_a_request_decodes_from_its_pages_with_the_memory_that_it_has_alone(searches):
+    model = tiny()
+    answer(model, TEXTS[0])
+    expected = [(q.shape, previous) for q, previous, _ in searches]
+    searches.clear()
+    batch(model, TEXTS[:1])
+    for (shape, before), (q, previous, _) in zip(expected, searches, strict=True):
+        assert shape == q.shape and (before is None) == (previous is None)
+        assert before is None or torch.equal(before.blocks, previous.blocks)
+
+
+def test_pages_without_a_cache_are_refused(model):
+    model.set_attn_implementation("hip_paged")
+    with pytest.raises(ValueError, match="for generate_batch alone"), torch.no_grad():
+        model(TEXT)
+    model.set_attn_implementation("hip")
+
+
 # --- keys and values elsewhere -----------------------------------------------------------------------------
 
-TEXT = some_tokens(1, 50)
 NO_TAIL = changed(SMALL, dense_tail=0)  # then the plain path and this one do the very same
-LEAST = (1 + 4 + 5) * 8 + 2 * 4 * 4  # SMALL's sink, chosen and window for attention, one round of the search
-STORES = [dict(store="host"), dict(store="disk", resident_tokens=LEAST)]
 
 
 @settings(max_examples=20)
@@ -776,11 +960,16 @@ UNTOUCHED = [  # what the sentence says, what is done with a cache of two rows o
     (r"rows of \[200, 150\] tokens, and not \[200\]", lambda m, c, step: m(TEXT[:, :1], past_key_values=c)),
     (r", and not \[200, 200\]", lambda m, c, step: m(some_tokens(2, 1), past_key_values=c)),
     ("do gradients", lambda m, c, step: torch.enable_grad()(step)()),
-    ("do no beam search", lambda m, c, step: c.reorder_cache(torch.tensor([1, 0]))),
-    ("do no beam search", lambda m, c, step: c.batch_repeat_interleave(2)),
-    ("crop", lambda m, c, step: c.crop(-1)),
-    ("copy", lambda m, c, step: copy.deepcopy(c)),
-    ("copy", lambda m, c, step: copy.copy(c.layers[0])),
+    ('by attn_implementation="hip" alone', lambda m, c, step: sliced(c)),
+    ('by attn_implementation="hip" alone', lambda m, c, step: rebuilt(c)),
+    ("crop wants minus", lambda m, c, step: c.layers[0].crop(1)),
+    ("cannot be pickled: keep its text", lambda m, c, step: pickle.dumps(c)),
+    (
+        "a mask or bias of one's own",
+        lambda m, c, step: m(
+            TEXT[:1, :1].repeat(2, 1), past_key_values=c, attention_mask=torch.ones(2, 1, 1, 201) > 0
+        ),
+    ),
 ]
 
 
@@ -813,8 +1002,6 @@ def test_what_an_offloaded_cache_cannot_do_is_refused_and_leaves_it_untouched(wo
 @pytest.mark.parametrize(
     "words, fields, options",
     [
-        ("do no beam search", {}, dict(num_beams=2)),
-        ("no .*assisted generation", {}, dict(prompt_lookup_num_tokens=3)),
         ("max_tokens=205, too few for 206", dict(max_tokens=205), {}),
         ("max_tokens must be a whole number", dict(max_tokens="many"), {}),
         ("max_tokens must be .* at least 1", dict(max_tokens=0), {}),
@@ -902,7 +1089,10 @@ REFUSED = {  # what the sentence says: the model, what is done with it
     "layer_idx": ({}, lambda m: change(m.model.layers[0].self_attn, layer_idx=None) or m(TEXT, use_cache=0)),
     "rope_clip": ({}, lambda m: change(m.config, hip=dict(rope_clip=64)) or m(TEXT)),
     "beam is gone: .* so set top_k instead": ({}, lambda m: change(m.config, hip=dict(beam=2)) or m(TEXT)),
-    "config.hip must be": ({}, lambda m: change(m.config, hip=dict(topk=64)) or m(TEXT)),
+    "config.hip has no field 'topk', but top_k": (
+        {},
+        lambda m: change(m.config, hip=dict(topk=64)) or m(TEXT),
+    ),
     "config.hip must be a": ({}, lambda m: change(m.config, hip="fast") or m(TEXT)),
 }
 
@@ -987,7 +1177,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_set():
             ["top_k"],
             vars(SMALL) | dict(x=1),
         ):
-            with pytest.raises(ValueError, match="config.hip must be|top_k must be|beam is gone"):
+            with pytest.raises(ValueError, match="config.hip must be|top_k must be|beam is gone|no field"):
                 model.config.hip = wrong
             assert model.config.hip == SMALL
 
