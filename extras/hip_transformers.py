@@ -62,7 +62,7 @@ if VERSION < (5, 17):
 
 # tensors that come along and leave attention as it is; any other may be sinks, a bias, an index, ...
 HARMLESS = ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch")
-PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "logits_indices", "logits_processor_args")
+PAGED = ("position_ids", "cu_seq_lens_q", "block_table", "logits_indices", "logits_processor_args")
 not_compiled = torch.compiler.disable(reason="HiP's search depends on the data: compile without fullgraph")
 logger = transformers.logging.get_logger(__name__)
 found = threading.local()  # from the hook to the attention call that follows in the same thread
@@ -177,15 +177,14 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
             k, v = (x[:, :, : T - Tq + body] for x in past)
         if steps % cfg.refresh_interval == 0:
             kept = begun(kept, k[:, :, : T - 1], cfg, scale) if len(kept) == 1 else kept
-            kept = lib.select_blocks(
-                q[:, :, :body], k, own, Selection(*kept) if kept and cfg.memory else None, scale=scale
-            )
+            previous = Selection(*kept) if kept and cfg.memory else None
+            kept = lib.select_blocks(q[:, :, :body], k, own, previous, scale=scale)
         out.append(lib.sparse_attention(q[:, :, :body], k, v, Selection(*kept), own, scale=scale))
     for a, b in [*(cut(0, body, unit) if dense else []), *cut(body, Tq, unit)]:
         k, v = (x[:, :, : T - Tq + b] for x in past)
         out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))
-    row = (kept, steps + 1) if row else ((q[:, :, -MEMORY_QUERIES:],) if cfg.memory else (), 0)
-    return torch.cat(out, 2), row
+    last = (q[:, :, -MEMORY_QUERIES:].clone(),) if cfg.memory else ()
+    return torch.cat(out, 2), (kept, steps + 1) if row else (last, 0)
 
 
 def begun(kept: tuple, k: Tensor, cfg: HiPConfig, scale: float | None) -> tuple:
@@ -284,6 +283,13 @@ class Table(NamedTuple):
 class Paged(hip.Pages):
     """Keys and values of one request, in the pages of the library's cache, for the query at its end."""
 
+    @classmethod
+    def of(cls, pages: list[Tensor], slots: Tensor, cfg: HiPConfig) -> Paged:
+        """pages: keys and values (rows, Hkv, D); slots: in which rows its tokens are."""
+        thin = Table(slots, cfg.block_k // cfg.stride_k, cfg.stride_k)
+        shape, whole = (1, pages[0].shape[1], len(slots), pages[0].shape[2]), Table(slots, cfg.block_k, 1)
+        return cls(pages, (thin, whole), shape, whole)
+
     def take(self, head: Tensor, blocks: Tensor) -> list[Tensor]:
         """As `hip.Rows.take`."""
         slot_of, keys, stride = self.bank
@@ -310,46 +316,47 @@ def paged_attention(
     The Tq tokens are of many requests, one behind another; what each read before lies in the cache's pages.
     A step of one token takes from these the blocks that it chose, on a GPU all.  Returns as `attention`.
     """
-    cfg, layer = settings(module.config), module.layer_idx
-    own, others = decoding(cfg), {x: kwargs[x] for x in kwargs if x not in PAGED}
-    refuse(module, query, None, cfg, others | dict(dropout=dropout, position_ids=None))
+    cfg, layer, others = settings(module.config), module.layer_idx, kwargs | dict.fromkeys(PAGED)
+    refuse(module, query, None, cfg, others | dict(dropout=dropout))
     if cache is None or not getattr(module.config, "is_causal", True):
-        raise ValueError(
-            '"hip_paged" is for generate_batch alone, of causal models: use attn_implementation="hip"'
-        )
+        raise ValueError('"hip_paged" is for generate_batch alone, with a causal model: use "hip"')
     table = cache.layer_to_allocator[layer]
     slots, write = (kwargs[x][table.index] for x in ("read_index", "write_index"))
-    window = getattr(table, "sliding_window", None)
-    if window:  # whose pages are a ring
+    window, dense, out = (
+        getattr(table, "sliding_window", None),
+        layer < cfg.dense_layers,
+        torch.empty_like(query),
+    )
+    if window:  # pages are a ring, so the library tells what to look at
         pages = [x[0].transpose(0, 1) for x in cache.update(key, value, layer, dict(kwargs))]
         slots = torch.arange(len(pages[0]), device=query.device)
     else:
         pages = [x.flatten(0, 1) for x in table.get_cache_for_block_table(layer)]  # (rows, Hkv, D) each
-        table.update(key[0].transpose(0, 1), value[0].transpose(0, 1), layer, slots[:0], write)  # no reading
+        table.update(
+            key[0].transpose(0, 1), value[0].transpose(0, 1), layer, slots[:0], write
+        )  # and read none
         slots = slots if len(slots) else write
-    # the page that a request's last token is written to is its own
+    # a request goes by its name, which its last page tells, for that is its own
     names = {blocks[-1]: name for name, blocks in table.block_table.items() if blocks}
     memories = vars(cache).setdefault("hip_memory", {})
-    memory = {x: y for x, y in memories.get(layer, {}).items() if x in table.block_table}
-    memories[layer], dense, out = memory, layer < cfg.dense_layers, torch.zeros_like(query)
+    memories[layer] = memory = {x: y for x, y in memories.get(layer, {}).items() if x in table.block_table}
     ends = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][table.layer_type].tolist()
     for (a, b), (first, last) in zip(*map(pairwise, ends), strict=True):
-        if a == b:  # padding
-            continue
         q, mine, new, T = query[:, :, a:b], slots[first:last], b - a, last - first
-        name, prompt = names.get(int(write[b - 1]) // table.block_physical_stride), new > 1 or T == 1
-        tokens, row = memory.get(name, (None, NOTHING))
+        if new == 0:  # padding
+            continue
+        prompt = new > 1 or T == 1
         if window or prompt or dense or query.is_cuda:
             past = [x[mine].transpose(0, 1)[None].contiguous() for x in pages]
         else:
-            banks = Table(mine, cfg.block_k, 1), Table(mine, cfg.block_k // own.stride_k, own.stride_k)
-            past = [Paged(pages, banks[::-1], (1, *key.shape[1:2], T, key.shape[3]), banks[0])] * 2
+            past = [Paged.of(pages, mine, decoding(cfg))] * 2
         if window:
-            seen = (
-                torch.ones(new, T, dtype=torch.bool, device=q.device).tril(T - new).triu(T - new - window + 1)
-            )
+            seen = torch.ones(new, T, dtype=torch.bool, device=q.device).tril(T - new)
+            seen = seen.triu(T - new - window + 1)
             out[:, :, a:b] = F.scaled_dot_product_attention(q, *past, seen, scale=scaling, enable_gqa=True)
             continue
+        name = names.get(int(write[b - 1]) // table.block_physical_stride)
+        tokens, row = memory.get(name, (None, NOTHING))
         row = None if prompt else row if tokens == (cfg, T - new) else NOTHING
         out[:, :, a:b], row = read(row, q, past, cfg, scaling, dense)
         row = (begun(row[0], past[0], cfg, scaling), 0) if prompt and not dense else row

@@ -6,6 +6,7 @@ All models but one are tiny and random.  "Alone" is model.py's `Context`, which 
 """
 
 import copy
+import functools
 import gc
 import importlib.util
 import json
@@ -568,6 +569,17 @@ def test_prefill_in_chunks_is_what_generate_does_with_a_chunk_size(model, chunk,
     assert torch.equal(logits[:, 199:].argmax(-1), generated[:, 200:])
 
 
+def test_what_is_kept_of_a_prompt_is_small_and_the_blocks_are_found_by_the_first_step(model, monkeypatch):
+    cache, found, first = DynamicCache(), [], hip_transformers.first_memory
+    monkeypatch.setattr(hip_transformers, "first_memory", lambda *x, **y: found.append(1) or first(*x, **y))
+    read(model, some_tokens(1, 300), [150, 145, 5], cache=cache)
+    kept = [layer.keys.hip_memory[1][0][0][0] for layer in cache.layers]
+    assert [x.untyped_storage().nbytes() for x in kept] == [4 * 5 * 16 * 4] * 2  # five queries of four heads
+    assert not found
+    read(model, some_tokens(1, 3), [], cache=cache)
+    assert len(found) == 2
+
+
 def test_beam_search_searches_at_every_step_without_memory(model, searches):
     model.generate(some_tokens(1, 200), max_new_tokens=6, num_beams=3, **GREEDY)
     steps = [previous for q, previous, _ in searches if q.shape[2] == 1]
@@ -688,6 +700,18 @@ def test_a_short_question_is_dense_behind_any_cache(model, change, searches):
     assert len(searches) == 2 * 3  # of nine decoding steps
     for call in calls[:2]:
         close(call.o, hip.dense_attention(call.q, call.k, call.v))
+
+
+@torch.no_grad()
+def test_few_queries_may_have_a_mask_of_their_own(model):
+    seen, results = torch.ones(1, 1, 5, 55, dtype=torch.bool), []
+    seen[..., 50:] = torch.eye(5, dtype=torch.bool)  # five guesses at one next token
+    for implementation in ("sdpa", "hip"):
+        model.set_attn_implementation(implementation)
+        cache = model(TEXT, past_key_values=DynamicCache()).past_key_values
+        more = dict(attention_mask=seen, position_ids=torch.full((1, 5), 50), past_key_values=cache)
+        results.append(model(some_tokens(1, 5), **more).logits)
+    close(*results)
 
 
 @pytest.mark.parametrize("change", KEPT)
@@ -1163,6 +1187,38 @@ def test_a_composite_model_hears_its_settings(tmp_path):
     again = type(whole).from_pretrained(tmp_path)
     assert hip_transformers.settings(again.config) == SMALL
     assert hip_transformers.settings(again.model.language_model.config) == SMALL
+
+
+def test_settings_may_be_given_with_the_folder_and_wrong_ones_are_refused_in_a_sentence(tmp_path):
+    kept = tiny()
+    kept.save_pretrained(tmp_path)
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, tmp_path, attn_implementation="hip")
+    assert load().config.hip == SMALL
+    model = load(hip=dict(top_k=64, block_k=8))
+    assert model.config.hip == AutoConfig.from_pretrained(tmp_path, hip=model.config.hip).hip
+    assert model.config.hip == HiPConfig(top_k=64, block_k=8)
+    assert '"dense_tail": 64' in str(model.config)  # what was not given is shown too
+    for wrong, words in (
+        (dict(topk=64), "no field 'topk', but top_k"),
+        (dict(top_k=63), "top_k must be a power"),
+    ):
+        kept.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=words):
+            load(hip=wrong)
+        config = json.loads((tmp_path / "config.json").read_text()) | dict(hip=wrong)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words) as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+def test_the_library_says_whether_it_has_an_attention(model):
+    assert model.get_correct_attn_implementation("hip") == "hip"
+    with pytest.raises(ValueError, match='attn_implementation="hop"` is not supported'):
+        model.get_correct_attn_implementation("hop")
+    with pytest.warns(FutureWarning, match="prefix is no longer needed"):
+        model.set_attn_implementation("paged|hip")
+    assert model.config._attn_implementation == "hip"
 
 
 def test_settings_that_cannot_work_are_refused_when_they_are_set():
