@@ -635,7 +635,11 @@ def test_every_way_to_generate_gives_the_librarys_tokens_where_the_budget_covers
         cache = new(model) if implementation == "hip" else None
         try:
             results.append(model.generate(text, past_key_values=cache, **options))
-        except (AssertionError, ImportError) as error:  # no GPU, no such cache in an older library
+        except (
+            AssertionError,
+            ImportError,
+            ValueError,
+        ) as error:  # no GPU, no such cache in an older library
             assert implementation == "sdpa"
             pytest.skip(str(error))
     assert torch.equal(*results)
@@ -743,18 +747,23 @@ def test_copies_of_an_offloaded_cache_go_their_own_ways(model):
 # --- many requests at a time -------------------------------------------------------------------------------
 
 
-def batch(model, texts, count=12, many=1, **fields):
-    """What the library's continuous batching answers to texts (lists of tokens)."""
-    model.generation_config.pad_token_id = 0
-    outputs = model.generate_batch(
-        texts,
-        generation_config=GenerationConfig(
-            do_sample=many > 1, eos_token_id=-1, max_new_tokens=count, num_return_sequences=many
-        ),
+needs_pages = pytest.mark.skipif(hip_transformers.VERSION < (5, 20), reason="needs transformers 5.20")
+
+
+def batching(count=12, many=1, **fields):
+    """Arguments of the library's continuous batching."""
+    sampled = dict(do_sample=many > 1, num_return_sequences=many)
+    return dict(
+        generation_config=GenerationConfig(**sampled, eos_token_id=-1, pad_token_id=0, max_new_tokens=count),
         continuous_batching_config=ContinuousBatchingConfig(
             **dict(num_blocks=64, page_size=16, max_batch_tokens=2048, seed=0) | fields
         ),
     )
+
+
+def batch(model, texts, many=1, **fields):
+    """What the library's continuous batching answers to texts (lists of tokens)."""
+    outputs = model.generate_batch(texts, **batching(many=many, **fields))
     assert [output.error for output in outputs.values()] == [None] * len(texts) * many
     return [output.generated_tokens for output in outputs.values()]
 
@@ -763,6 +772,7 @@ TEXTS = [some_tokens(1, T, seed=T)[0].tolist() for T in (200, 33, 1, 150, 201)]
 TEXTS.append(TEXTS[0][:120] + TEXTS[3][:60])  # begins as another one does
 
 
+@needs_pages
 @pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "gemma3_text", "qwen2 sliding"])
 def test_many_requests_at_once_get_the_answers_of_one_by_one(name, searches):
     model = tiny(name.split()[0], **FAMILIES[name])
@@ -780,6 +790,7 @@ def answer(model, text, count=12):
     ].tolist()
 
 
+@needs_pages
 @pytest.mark.parametrize(
     "fields", [dict(max_batch_tokens=64), dict(num_blocks=20), dict(num_blocks=20, many=2)]
 )
@@ -792,6 +803,7 @@ def test_prompts_in_pieces_and_requests_that_wait_get_the_librarys_answers_where
     assert results[0] == results[1]
 
 
+@needs_pages
 def test_a_request_decodes_from_its_pages_with_the_memory_that_it_has_alone(searches):
     model = tiny()
     answer(model, TEXTS[0])
@@ -801,6 +813,26 @@ def test_a_request_decodes_from_its_pages_with_the_memory_that_it_has_alone(sear
     for (shape, before), (q, previous, _) in zip(expected, searches, strict=True):
         assert shape == q.shape and (before is None) == (previous is None)
         assert before is None or torch.equal(before.blocks, previous.blocks)
+
+
+@needs_pages
+def test_a_name_that_is_used_again_inherits_no_memory(model, searches):
+    text, steps = TEXTS[3], []
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        for prompt in (text, text[:145]):  # nine pages of the second are there already, so it is one token
+            manager.add_request(prompt, request_id="me", max_new_tokens=12)
+            while not (result := manager.get_result(timeout=1)) or not result.is_finished():
+                assert manager.is_running()
+            steps.append([previous for q, previous, _ in searches if q.shape[2] == 1])
+            searches.clear()
+    assert steps[0][0] is not None and steps[1][:2] == [None, None] and steps[1][2] is not None
+
+
+@needs_pages
+def test_what_hip_cannot_do_fails_the_request_and_says_why():
+    model = tiny("gemma2", head_dim=16, layer_types=["full_attention"] * 2)
+    outputs = model.generate_batch([TEXTS[1]], **batching())
+    assert ["HiP attention cannot do softcap" in output.error for output in outputs.values()] == [True]
 
 
 def test_pages_without_a_cache_are_refused(model):
@@ -1288,6 +1320,16 @@ def test_a_model_on_a_gpu_reads_and_decodes_by_the_triton_kernels(monkeypatch, o
         model.set_attn_implementation(implementation)
         results.append(model.generate(tokens, max_new_tokens=20, **GREEDY | options))
     assert torch.equal(*results) and calls
+
+
+@needs_pages
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_many_requests_on_a_gpu_get_the_answers_of_the_librarys_attention():
+    model, results = tiny(head_dim=32).cuda(), []
+    for implementation, model.config.hip in (("sdpa", None), ("hip", COVERS)):
+        model.set_attn_implementation(implementation)
+        results.append(batch(model, TEXTS))
+    assert results[0] == results[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
