@@ -322,28 +322,23 @@ def paged_attention(
         raise ValueError('"hip_paged" is for generate_batch alone, with a causal model: use "hip"')
     table = cache.layer_to_allocator[layer]
     slots, write = (kwargs[x][table.index] for x in ("read_index", "write_index"))
-    window, dense, out = (
-        getattr(table, "sliding_window", None),
-        layer < cfg.dense_layers,
-        torch.empty_like(query),
-    )
+    window, dense = getattr(table, "sliding_window", None), layer < cfg.dense_layers
     if window:  # pages are a ring, so the library tells what to look at
         pages = [x[0].transpose(0, 1) for x in cache.update(key, value, layer, dict(kwargs))]
         slots = torch.arange(len(pages[0]), device=query.device)
-    else:
+    else:  # write what is new, and read nothing
+        table.update(*(x[0].transpose(0, 1) for x in (key, value)), layer, slots[:0], write)
         pages = [x.flatten(0, 1) for x in table.get_cache_for_block_table(layer)]  # (rows, Hkv, D) each
-        table.update(
-            key[0].transpose(0, 1), value[0].transpose(0, 1), layer, slots[:0], write
-        )  # and read none
         slots = slots if len(slots) else write
     # a request goes by its name, which its last page tells, for that is its own
     names = {blocks[-1]: name for name, blocks in table.block_table.items() if blocks}
     memories = vars(cache).setdefault("hip_memory", {})
     memories[layer] = memory = {x: y for x, y in memories.get(layer, {}).items() if x in table.block_table}
     ends = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][table.layer_type].tolist()
+    out = torch.zeros_like(query)  # zeros come out for padding
     for (a, b), (first, last) in zip(*map(pairwise, ends), strict=True):
         q, mine, new, T = query[:, :, a:b], slots[first:last], b - a, last - first
-        if new == 0:  # padding
+        if new == 0:
             continue
         prompt = new > 1 or T == 1
         if window or prompt or dense or query.is_cuda:
@@ -351,8 +346,8 @@ def paged_attention(
         else:
             past = [Paged.of(pages, mine, decoding(cfg))] * 2
         if window:
-            seen = torch.ones(new, T, dtype=torch.bool, device=q.device).tril(T - new)
-            seen = seen.triu(T - new - window + 1)
+            seen = torch.ones(new, T, dtype=torch.bool, device=q.device)
+            seen = seen.tril(T - new).triu(T - new - window + 1)
             out[:, :, a:b] = F.scaled_dot_product_attention(q, *past, seen, scale=scaling, enable_gqa=True)
             continue
         name = names.get(int(write[b - 1]) // table.block_physical_stride)

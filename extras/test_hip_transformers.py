@@ -729,6 +729,15 @@ def test_an_offloaded_cache_that_was_changed_goes_on_as_one_that_is_not_offloade
         close(ours, theirs)
 
 
+def test_what_was_cropped_is_found_nowhere(model):
+    text, other, results = some_tokens(1, 300), some_tokens(1, 120, seed=1), []
+    for cache in (DynamicCache(), offloaded(model)):
+        read(model, text, [200], cache=cache)
+        cache.crop(-120)
+        results.append(read(model, other, [], cache=cache))
+    close(*results)
+
+
 def test_copies_of_an_offloaded_cache_go_their_own_ways(model):
     cache, text = offloaded(model), some_tokens(1, 320)
     read(model, text[:, :300], [300], cache=cache)
