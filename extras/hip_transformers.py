@@ -318,8 +318,8 @@ def paged_attention(
     """
     cfg, layer, others = settings(module.config), module.layer_idx, kwargs | dict.fromkeys(PAGED)
     refuse(module, query, None, cfg, others | dict(dropout=dropout))
-    if cache is None or not getattr(module.config, "is_causal", True):
-        raise ValueError('"hip_paged" is for generate_batch alone, with a causal model: use "hip"')
+    if cache is None:
+        raise ValueError('attn_implementation="hip_paged" is what generate_batch sets: use "hip"')
     table = cache.layer_to_allocator[layer]
     slots, write = (kwargs[x][table.index] for x in ("read_index", "write_index"))
     window, dense = getattr(table, "sliding_window", None), layer < cfg.dense_layers

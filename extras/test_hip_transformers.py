@@ -826,13 +826,16 @@ def test_a_request_decodes_from_its_pages_with_the_memory_that_it_has_alone(sear
 def test_a_name_that_is_used_again_inherits_no_memory(model, searches):
     text, steps = TEXTS[3], []
     with model.continuous_batching_context_manager(**batching()) as manager:
-        for prompt in (text, text[:145]):  # nine pages of the second are there already, so it is one token
-            manager.add_request(prompt, request_id="me", max_new_tokens=12)
+        # nine pages of the last one are there already, so it is one token
+        for name, prompt in (("you", TEXTS[1]), ("me", text), ("me", text[:145])):
+            manager.add_request(prompt, request_id=name, max_new_tokens=12)
             while not (result := manager.get_result(timeout=1)) or not result.is_finished():
                 assert manager.is_running()
             steps.append([previous for q, previous, _ in searches if q.shape[2] == 1])
             searches.clear()
-    assert steps[0][0] is not None and steps[1][:2] == [None, None] and steps[1][2] is not None
+        memories = manager.batch_processor.cache.hip_memory
+    assert steps[1][0] is not None and steps[2][:2] == [None, None] and steps[2][2] is not None
+    assert [[*memory] for memory in memories.values()] == [["me"], ["me"]]
 
 
 @needs_pages
@@ -844,7 +847,7 @@ def test_what_hip_cannot_do_fails_the_request_and_says_why():
 
 def test_pages_without_a_cache_are_refused(model):
     model.set_attn_implementation("hip_paged")
-    with pytest.raises(ValueError, match="for generate_batch alone"), torch.no_grad():
+    with pytest.raises(ValueError, match="is what generate_batch sets"), torch.no_grad():
         model(TEXT)
     model.set_attn_implementation("hip")
 
