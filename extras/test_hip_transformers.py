@@ -1395,8 +1395,11 @@ def test_two_processes_with_half_of_the_heads_each_give_the_tokens_of_one(tmp_pa
         assert json.loads((tmp_path / f"out{rank}").read_text()) == [[2], expected]
 
 
-@pytest.fixture
-def server(tmp_path):
+BATCHING = ["--continuous-batching", "--cb-num-blocks", "64"]
+
+
+@pytest.fixture(params=[[], pytest.param(BATCHING, marks=needs_pages)], ids=["in turn", "at once"])
+def server(tmp_path, request):
     """(address, folder) of the library's server with a tiny HiP model, one word per token."""
     kept = tiny()
     kept.config.hip = vars(SMALL)
@@ -1408,7 +1411,7 @@ def server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [str(tmp_path), "--host", "127.0.0.1", "--port", str(port)]
+    options = [str(tmp_path), "--host", "127.0.0.1", "--port", str(port), *request.param]
     with subprocess.Popen([sys.executable, HERE / "hip_serve.py", *options], env=environment()) as process:
         for _ in range(600):
             try:
@@ -1421,22 +1424,30 @@ def server(tmp_path):
         process.terminate()
 
 
-def test_the_librarys_server_answers_two_clients_at_once_streamed_and_not(server, model):
+def test_the_librarys_server_answers_clients_at_once_whoever_leaves_or_is_refused(server, model):
+    import openai  # no other test needs it
+
     address, folder = server
     texts, answers = [some_tokens(150, seed=seed).tolist() for seed in (0, 1)], {}
 
-    def ask(i, stream):
-        import openai  # no other test needs it
-
-        with openai.OpenAI(base_url=address, api_key="none") as client:
+    def ask(i, stream, leave=False, **more):
+        with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
             message = dict(role="user", content=" ".join(f"w{token}" for token in texts[i]))
-            answer = client.chat.completions.create(
-                model=folder, messages=[message], max_tokens=20, temperature=0, stream=stream
-            )
+            more |= dict(model=folder, messages=[message], max_tokens=20, temperature=0, stream=stream)
+            answer = client.chat.completions.create(**more)
+            if leave:
+                return next(iter(answer))
             parts = [x.choices[0].delta for x in answer] if stream else [answer.choices[0].message]
             answers[i, stream] = "".join(part.content or "" for part in parts), len(parts)
 
-    together([lambda i=i, stream=stream: ask(i, stream) for i in (0, 1) for stream in (True, False)])
+    def be_refused():
+        with pytest.raises(openai.APIStatusError):
+            ask(1, False, extra_body=dict(nonsense=1))
+        answers["refused"] = True
+
+    asked = [lambda i=i, stream=stream: ask(i, stream) for i in (0, 1) for stream in (True, False)]
+    together([lambda: ask(0, True, leave=True), be_refused, *asked])
+    assert answers["refused"]
     for i, text in enumerate(texts):
         expected = model.generate(torch.tensor([text]), max_new_tokens=20, **GREEDY)[0, 150:].tolist()
         for stream in (True, False):
