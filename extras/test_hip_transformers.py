@@ -247,6 +247,12 @@ def searches(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def proper(monkeypatch):
+    """HiP proper also for queries that may choose everything, for which it is dense attention."""
+    monkeypatch.setattr(hip_transformers, "covered", lambda start, cfg: 0)
+
+
 # --- the same as the library, and as model.py --------------------------------------------------------------
 
 LAYERS = ["sliding_attention", "full_attention"]
@@ -266,7 +272,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_equals_its_own_attention_where_the_budget_covers_the_context(name, searches):
+def test_every_family_equals_its_own_attention_where_the_budget_covers_the_context(name, searches, proper):
     model = tiny(name.split()[0], **FAMILIES[name])
     model.config.hip = COVERS
     tokens, mask = some_tokens(2, 150), torch.ones(2, 150, dtype=torch.long)
@@ -387,8 +393,8 @@ def test_decoding_searches_every_refresh_interval_from_the_selection_before(sear
     model.config.hip = changed(SMALL, memory=memory, block_q=block_q)
     with watched() as calls:
         read(model, some_tokens(1, 352), [160, 178, 4])
-    # the last piece is dense
-    assert [q.shape[2] for q, *_ in searches] == [155, 155, 173, 173] + [1] * 6  # steps 0, 4, 8 of two layers
+    # the first 64 queries, whom the budget covers, and the last piece are dense
+    assert [q.shape[2] for q, *_ in searches] == [91, 91, 173, 173] + [1] * 6  # steps 0, 4, 8 of two layers
     for i, (_, previous, _) in enumerate(searches[4:]):
         if not memory:
             assert previous is None
@@ -626,7 +632,7 @@ NO_SUCH_CACHE = AssertionError, ImportError, ValueError  # without a GPU, or in 
     "new, way",
     [(lambda model: None, way) for way in WAYS] + [(offloaded, way) for way in [*WAYS][:-5]],
 )
-def test_every_way_to_generate_gives_the_librarys_tokens_where_the_budget_covers(way, new):
+def test_every_way_to_generate_gives_the_librarys_tokens_where_the_budget_covers(new, way, proper):
     options, results = GREEDY | WAYS[way] | dict(max_new_tokens=15), []
     model, text = tiny(), TEXT.repeat(1, 4)
     models = [model, *[x for x in options.values() if isinstance(x, LlamaForCausalLM)]]
@@ -681,7 +687,7 @@ def behind(model, cache, change, n):
     "new, change",
     [(DynamicCache, x) for x in CHANGES] + [(lambda: offloaded(tiny()), x) for x in KEPT],
 )
-def test_a_question_may_follow_behind_any_cache(model, new, change, n):
+def test_a_question_may_follow_behind_any_cache(model, new, change, n, proper):
     cache, model.config.hip = new(), COVERS
     read(model, some_tokens(2, 150), [150], cache=cache)
     ours, tokens = behind(model, cache, change, n)
@@ -699,7 +705,7 @@ def test_a_short_question_is_dense_behind_any_cache(model, change, searches):
     searches.clear()
     with watched() as calls:
         behind(model, cache, change, 5)
-    assert len(searches) == 2 * 3  # of nine decoding steps
+    assert len(searches) == 2 * 3 * (CHANGES[change][2] > 0)  # of nine decoding steps, behind more than 14
     for call in calls[:2]:
         close(call.o, hip.dense_attention(call.q, call.k, call.v))
 
@@ -801,7 +807,9 @@ def answer(model, text, count=12):
 @pytest.mark.parametrize(
     "fields", [dict(max_batch_tokens=64), dict(num_blocks=20), dict(num_blocks=20, many=2)]
 )
-def test_prompts_in_pieces_and_requests_that_wait_get_the_librarys_answers_where_the_budget_covers(fields):
+def test_prompts_in_pieces_and_requests_that_wait_get_the_librarys_answers_where_the_budget_covers(
+    fields, proper
+):
     model, results = tiny(), []
     model.config.hip = COVERS
     for implementation in ("sdpa", "hip"):
@@ -859,7 +867,7 @@ NO_TAIL = changed(SMALL, dense_tail=0)  # then the plain path and this one do th
 
 @settings(max_examples=20)
 @given(batches(), st.sampled_from(STORES))
-def test_every_row_of_an_offloaded_batch_is_to_the_last_bit_that_row_alone_in_model_py(batch, store):
+def test_every_row_of_an_offloaded_batch_is_that_row_alone_read_as_by_model_py(batch, store):
     tokens, mask, sizes, cfg = batch
     model = tiny()
     model.config.hip = cfg
@@ -868,7 +876,7 @@ def test_every_row_of_an_offloaded_batch_is_to_the_last_bit_that_row_alone_in_mo
     for b, seen in enumerate(mask):
         for layer in (0, 1):
             for output, expected in attend_alone(calls[layer::2], layer, b, seen, sizes, cfg, store):
-                assert torch.equal(output, expected)
+                torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("store", STORES)
