@@ -577,13 +577,19 @@ def test_prefill_in_chunks_is_what_generate_does_with_a_chunk_size(model, chunk,
 
 def test_what_is_kept_of_a_prompt_is_small_and_the_blocks_are_found_by_the_first_step(model, monkeypatch):
     cache, found, first = DynamicCache(), [], hip_transformers.first_memory
-    monkeypatch.setattr(hip_transformers, "first_memory", lambda *x, **y: found.append(1) or first(*x, **y))
+    monkeypatch.setattr(
+        hip_transformers,
+        "first_memory",
+        lambda q, k, *x, **y: found.append(k.shape[2]) or first(q, k, *x, **y),
+    )
     read(model, some_tokens(1, 300), [150, 150], cache=cache)
     kept = [layer.keys.hip_memory[1][0][0][0] for layer in cache.layers]
     assert [x.untyped_storage().nbytes() for x in kept] == [4 * 16 * 16 * 4] * 2  # 16 queries of four heads
     assert not found
     read(model, some_tokens(1, 3), [], cache=cache)
-    assert len(found) == 2
+    assert found == [300, 300]
+    read(model, some_tokens(1, 70), [50])  # its first steps are dense
+    assert found[2:] == [50, 50]
 
 
 def test_beam_search_searches_at_every_step_without_memory(model, searches):
