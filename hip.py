@@ -471,6 +471,7 @@ def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searche
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of (..., D), float32: the halves of a head are the coordinates of D / 2 points."""
+    x = x.float()
     a, b = x.chunk(2, -1)
     out = x.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)  # (..., 2, D / 2): few passes over much memory
     out[..., 0, :].addcmul_(b, sin, value=-1)
@@ -490,7 +491,9 @@ def rotated(b_k: Tensor, blocks: Tensor, x: QueryBlocks, rope: Rope, cfg: HiPCon
     near = (at[..., -1] > 0).flatten(0, 2).any(0).nonzero()
     c = int(near[0]) if len(near) else at.shape[3]
     turn = (F.embedding(at[..., c:, :].clamp(0, len(y) - 1), y) for y in rope)
-    return torch.cat([b_k[:, :, :, :c].float(), rotate(b_k[:, :, :, c:], *turn)], 3)
+    out = b_k.float()
+    out[:, :, :, c:] = rotate(out[:, :, :, c:], *turn)
+    return out
 
 
 # --- checks at the door ------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python extras/hip_serve.py FOLDER --port 8000
 
 `transformers serve` takes no registered attention by name, so this registers HiP and switches every model to
-it.  Options are those of `transformers serve`; HiP's settings are the dict "hip" in a model's config.json.
+it.  Options are those of `transformers serve`, with --continuous-batching many requests are read at a time;
+HiP's settings are the dict "hip" in a model's config.json.
 """
 
 import typer

@@ -1,37 +1,46 @@
 """HiP attention in the causal models of the library transformers, under the name "hip".
 
-    from hip_transformers import register
+    from hip_transformers import HiPOffloadedCache, register
 
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="hip")
-    model.config.hip = HiPConfig(top_k=1024)  # may be missing, or a dict of fields
-    print(tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=100)[0]))
+    model.config.hip = dict(top_k=1024)  # fields of HiPConfig; may be left out
+    text = tokenizer(text, return_tensors="pt")
+    print(tokenizer.decode(model.generate(**text, max_new_tokens=100)[0]))
+    cache = HiPOffloadedCache(model.config, max_tokens=100_000, store="disk")  # keys and values in a file
+    print(tokenizer.decode(model.generate(**text, max_new_tokens=100, past_key_values=cache)[0]))
 
 The rows of a batch are read as by `model.py`, cut to their real tokens; those of one length together, others
-one by one.  Each piece of a prompt has a dense tail, for nobody says which is the last, so pieces of
-`dense_tail` or fewer tokens are dense.
-Layers with a sliding window of their own keep it.
+one by one.  One query behind a cache is a decoding step.  More are a piece of a prompt, whatever the cache
+has been through; each piece has a dense tail, for nobody says which is the last, so `dense_tail` or fewer
+queries are dense.  Layers with a sliding window of their own keep it.
 
 The library hands over keys and values, but no cache.  The keys *are* what the cache holds, though, be it a
-tensor or the handle of hip_offload_transformers.py: what a layer remembers of a generation is an attribute of
-that, where a hook finds it before the next call.  It dies with the cache.  Whatever else touches cached keys
-(beam search reorders, `crop` cuts) leaves a new tensor without it, and the next step searches afresh.
+tensor or the handle of `HiPOffloadedCache`: what a layer remembers of a generation is an attribute of that,
+where a hook finds it before the next call.  It dies with the cache.  Whatever else touches cached keys (beam
+search reorders, `crop` cuts) leaves a new tensor without it, and the next step searches afresh.  For many
+requests at a time (`generate_batch`, `transformers serve --continuous-batching`) the library has one cache,
+in pages; there memory goes by the name of the request (`paged_attention`).
 
-Refused: gradients, dropout, bidirectional, cross and chunked attention, masks and biases of one's own, sinks,
-soft-caps, packed sequences, paged caches.
+Refused: gradients, dropout, bidirectional, cross and chunked attention, masks and biases of one's own for
+more than `dense_tail` queries, sinks, soft-caps, packed sequences.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,14 +51,18 @@ from model import MEMORY_QUERIES, cut, first_memory  # noqa: E402
 
 try:
     import transformers
-    from transformers import masking_utils
+    from transformers import DynamicCache, PreTrainedConfig, masking_utils
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 except ImportError as error:
     raise ValueError(f"HiP needs transformers 5.17 or later ({error})") from error
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+if VERSION < (5, 17):
     raise ValueError(f"HiP needs transformers 5.17 or later, not {transformers.__version__}")
 
 # tensors that come along and leave attention as it is; any other may be sinks, a bias, an index, ...
 HARMLESS = ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch")
+PAGED = ("position_ids", "cu_seq_lens_q", "block_table", "logits_indices", "logits_processor_args")
 not_compiled = torch.compiler.disable(reason="HiP's search depends on the data: compile without fullgraph")
 logger = transformers.logging.get_logger(__name__)
 found = threading.local()  # from the hook to the attention call that follows in the same thread
@@ -60,45 +73,71 @@ def register() -> None:
     transformers.AttentionInterface.register("hip", attention)
     transformers.AttentionMaskInterface.register("hip", mask)
     transformers.PreTrainedConfig.hip = property(get_hip, set_hip, delete_hip)
+    # without masks, which need not be made for this one
+    transformers.AttentionInterface.register("hip_paged", paged_attention)
+    switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
+    if VERSION >= (5, 20) and not hasattr(switch, "__wrapped__"):
+        ContinuousBatchingManager.switch_to_cb_friendly_attn = or_hip(switch)
 
 
-def checked(cfg: HiPConfig | dict | None, make: Callable) -> HiPConfig | None:
-    """What `config.hip` stands for, made by HiPConfig or `remembered`.  ValueError for what it cannot be."""
-    try:
-        return cfg if cfg is None or isinstance(cfg, HiPConfig) else make(**cfg)
-    except TypeError as error:
-        raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}") from error
+def or_hip(switch: Callable) -> Callable:
+    """The library knows by name what reads its pages, and "hip" is none: it is "hip_paged" meanwhile."""
+
+    @functools.wraps(switch)
+    def run(manager, model, *args, **kwargs) -> None:
+        if model.config._attn_implementation != "hip":
+            return switch(manager, model, *args, **kwargs)
+        model.set_attn_implementation("hip_paged")
+        manager._original_attn_impl = "hip"
+
+    return run
+
+
+def checked(cfg: HiPConfig | dict | None) -> HiPConfig | None:
+    """What `config.hip` stands for.  ValueError for what it cannot be."""
+    if cfg is None or isinstance(cfg, HiPConfig):
+        return cfg
+    if not isinstance(cfg, dict):
+        raise ValueError(f"config.hip must be a HiPConfig or a dict of its fields, not {cfg!r}")
+    names = HiPConfig.__dataclass_fields__
+    if wrong := [name for name in cfg if name not in names]:
+        raise ValueError(
+            f"config.hip has no field {wrong[0]!r}, but {', '.join(x for x in names if x != 'beam')}"
+        )
+    return HiPConfig(**cfg)
 
 
 # asked for by every layer at every step
 remembered = functools.lru_cache(typed=True)(HiPConfig)
 
 
-def get_hip(config: transformers.PreTrainedConfig) -> HiPConfig | None:
-    """`config.hip`, which is kept as a dict of fields, for that can be printed and saved."""
-    if "hip" not in vars(config):
-        raise AttributeError("hip")
-    return checked(vars(config)["hip"], remembered)
+def get_hip(config: PreTrainedConfig) -> HiPConfig | None:
+    """`config.hip`, which is kept as a dict of all fields, for that can be printed and saved."""
+    kept = vars(config).get("hip")
+    try:
+        return kept and remembered(**kept)
+    except TypeError:  # kept before `register`, and wrong
+        return checked(kept)
 
 
-def set_hip(config: transformers.PreTrainedConfig, cfg: HiPConfig | dict | None) -> None:
+def set_hip(config: PreTrainedConfig, cfg: HiPConfig | dict | None) -> None:
     """Of a model, and of the models that it is made of: attention knows the config of its own alone."""
-    checked(cfg, HiPConfig)
-    vars(config)["hip"] = dict(vars(cfg)) if isinstance(cfg, HiPConfig) else cfg
+    cfg = checked(cfg)
+    vars(config)["hip"] = cfg and dict(vars(cfg))
     for part in vars(config).values():
-        if isinstance(part, transformers.PreTrainedConfig):
+        if isinstance(part, PreTrainedConfig):
             part.hip = cfg
 
 
-def delete_hip(config: transformers.PreTrainedConfig) -> None:
+def delete_hip(config: PreTrainedConfig) -> None:
     vars(config).pop("hip", None)
     for part in vars(config).values():
-        if isinstance(part, transformers.PreTrainedConfig):
+        if isinstance(part, PreTrainedConfig):
             del part.hip
 
 
-def settings(config: transformers.PreTrainedConfig) -> HiPConfig:
-    return getattr(config, "hip", None) or HiPConfig()
+def settings(config: PreTrainedConfig) -> HiPConfig:
+    return config.hip or HiPConfig()
 
 
 @functools.cache
@@ -117,31 +156,55 @@ def kernels(device: torch.device, head_size: int) -> ModuleType:
     return lib
 
 
-def read(row: tuple | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | None, dense: bool) -> tuple:
+# what is remembered of a text: a `Selection`, or the last queries of a prompt (1, H, n, D), or nothing, each
+# as a tuple whose first tensor has a row for each text; and steps since the prompt
+Row = tuple[tuple[Tensor, ...], int]
+NOTHING: Row = (), 0
+
+
+def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | None, dense: bool) -> tuple:
     """Attention of rows, q (B, H, Tq, D) at the end of T tokens, as model.py's `Context` does it: (o, row).
 
-    row: what decoding remembers, a selection and the steps since the prompt; None if this is a prompt.
-    past: keys and values (B, Hkv, T, D), in decoding also an offloaded cache's `hip.Pages`.  dense: whether
-    the layer is.
+    row: what is remembered; None if this is a prompt.  past: keys and values (B, Hkv, T, D), in decoding also
+    a cache's `hip.Pages`.  dense: whether the layer is.
     """
-    (k, v), (selection, steps), lib, out = past, row or (None, 0), kernels(q.device, q.shape[3]), []
+    (k, v), (kept, steps), lib, out = past, row or NOTHING, kernels(q.device, q.shape[3]), []
     Tq, T, unit = q.shape[2], k.shape[2], max(cfg.block_q, hip.PIECE * (1 if q.device.type == "cpu" else 8))
-    body = Tq if row else max(0, Tq - cfg.dense_tail)
-    if body and not dense:
-        own = decoding(cfg) if row else cfg
-        if body < Tq:
-            k, v = (x[:, :, : T - Tq + body] for x in past)
+    own, body = (decoding(cfg), Tq) if row else (cfg, max(0, Tq - cfg.dense_tail))
+    start = T - Tq - steps % cfg.refresh_interval  # where the first query's selection is, or would be, from
+    first = 0 if isinstance(k, hip.Pages) else body if dense else min(body, covered(start, own))
+    for a, b in [*cut(0, first, unit), *[(first, body)] * (first < body), *cut(body, Tq, unit)]:
+        k, v = past if b == Tq else (x[:, :, : T - Tq + b] for x in past)
+        if (a, b) != (first, body):
+            out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))
+            continue
         if steps % cfg.refresh_interval == 0:
-            previous = selection if cfg.memory else None
-            selection = lib.select_blocks(q[:, :, :body], k, own, previous, scale=scale)
-        out.append(lib.sparse_attention(q[:, :, :body], k, v, selection, own, scale=scale))
-    for a, b in [*(cut(0, body, unit) if dense else []), *cut(body, Tq, unit)]:
-        k, v = (x[:, :, : T - Tq + b] for x in past)
-        out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))
-    if row:
-        return torch.cat(out, 2), (selection, steps + 1)
-    selection = first_memory(q[:, :, -MEMORY_QUERIES:], past[0], cfg, scale=scale) if cfg.memory else None
-    return torch.cat(out, 2), (selection, 0)
+            kept = begun(kept, k[:, :, : T - 1 - steps], cfg, scale) if len(kept) == 1 else kept
+            previous = Selection(*kept) if kept and cfg.memory else None
+            kept = lib.select_blocks(q[:, :, a:b], k, own, previous, scale=scale)
+        out.append(lib.sparse_attention(q[:, :, a:b], k, v, Selection(*kept), own, scale=scale))
+    last = (q[:, :, -MEMORY_QUERIES:].clone(),) if cfg.memory else ()
+    return torch.cat(out, 2), (kept, steps + 1) if row else (last, 0)
+
+
+def covered(start: int, cfg: HiPConfig) -> int:
+    """How many queries from position `start` on may choose all that there is to choose from.
+
+    For them HiP is dense attention, which need not gather.  By default these are the first 2,368 tokens of a
+    prompt, and decoding up to token 4,416, which takes a quarter of the time so.
+    """
+    # a query block that begins here has a domain of budget + 1 blocks
+    end = (cfg.sink_blocks + cfg.budget + 1) * cfg.block_k + cfg.window - 1
+    return max(0, -(-(end - start) // cfg.block_q) * cfg.block_q)
+
+
+def begun(kept: tuple, k: Tensor, cfg: HiPConfig, scale: float | None) -> tuple:
+    """Behind a prompt of keys k (1, Hkv, T, D): what decoding starts from, in place of the last queries.
+
+    Found when it is wanted, where keys are at hand: of all pieces of a prompt only the last one's is, none
+    behind what an assistant guessed, and it costs several times what dense attention of so few queries does.
+    """
+    return first_memory(kept[0], k, cfg, scale=scale) if kept else kept
 
 
 @not_compiled
@@ -167,8 +230,8 @@ def attention(
     T may exceed the tokens read (static caches).  Returns ((B, Tq, H, D), None).  ValueError: see `refuse`.
     """
     cfg, Tq, stored = settings(module.config), query.shape[2], not isinstance(key, Tensor)
-    refuse(module, query, attention_mask, kwargs | dict(dropout=dropout, rope_clip=cfg.rope_clip))
-    if attention_mask is not None and attention_mask.ndim == 4:  # a sliding window
+    refuse(module, query, attention_mask, cfg, kwargs | dict(dropout=dropout, stored=stored))
+    if attention_mask is not None and attention_mask.ndim == 4:  # a sliding window, or one's own
         own = transformers.AttentionInterface()["sdpa"]
         return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if find_memory not in module._forward_pre_hooks.values():
@@ -178,7 +241,7 @@ def attention(
     T = T if attention_mask is None else attention_mask.shape[1]  # tokens read
     # a memory is good for its own layer and settings, if nothing was read since
     good = memory is not None and memory[0] == (id(module), cfg, T - Tq)
-    rows = list(memory[1]) if good else [(None, 0)] * len(query)
+    rows = list(memory[1]) if good else [NOTHING] * len(query)
     prompt, dense = Tq > 1 or T == 1, module.layer_idx < cfg.dense_layers
     cache, (key, value) = key, key.begin(query, attention_mask, cfg, good) if stored else (key, value)
     out = torch.zeros_like(query)  # zeros come out for padding
@@ -187,30 +250,29 @@ def attention(
         q = query[at][:, :, new]
         past = [x[at][:, :, new if stored else n] for x in (key, value)]
         past = cache.add(members[0], *past, prompt or dense) if stored else past
-        (first, steps), chosen = rows[members[0]], [rows[b][0] for b in members]
-        first = first and Selection(torch.cat([x.blocks for x in chosen]), first.window_start)
-        out[at, :, new], (first, steps) = read(
-            None if prompt else (first, steps), q, past, cfg, scaling, dense
-        )
+        kept, steps = zip(*(rows[b] for b in members), strict=True)
+        kept = (torch.cat([x[0] for x in kept]), *kept[0][1:]) if kept[0] else ()
+        out[at, :, new], row = read(None if prompt else (kept, steps[0]), q, past, cfg, scaling, dense)
+        row = (begun(row[0], past[0], cfg, scaling), 0) if stored and prompt and not dense else row
         for i, b in enumerate(members):
-            rows[b] = first and Selection(first.blocks[i : i + 1], first.window_start), steps
+            rows[b] = row[0] and (row[0][0][i : i + 1], *row[0][1:]), row[1]
     cache.hip_memory = (id(module), cfg, T), rows
     return out.transpose(1, 2), None
 
 
-def groups(rows: list, mask: Tensor | None, T: int, Tq: int, alone: bool) -> Iterator[tuple]:
+def groups(rows: list[Row], mask: Tensor | None, T: int, Tq: int, alone: bool) -> Iterator[tuple]:
     """Rows of a batch that can be read together: their numbers, and which tokens and which queries are real.
 
-    They have as many real tokens, behind padding if there is any, and a selection of the same age.  Rows with
-    padding elsewhere, and `alone`, come one by one.
+    They have as many real tokens, behind padding if there is any, and memories of one kind and age.  Rows
+    with padding elsewhere, and `alone`, come one by one.
     """
     left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
     found: dict[tuple, list[int]] = {}
     counts = [(T, Tq)] * len(rows)
     if mask is not None:
         counts = list(zip(mask.sum(1).tolist(), mask[:, -Tq:].sum(1).tolist(), strict=True))
-    for b, (selection, steps) in enumerate(rows):
-        alike = steps, selection and selection.blocks.shape, b if alone or not left else -1
+    for b, (kept, steps) in enumerate(rows):
+        alike = steps, kept and kept[0].shape, b if alone or not left else -1
         if counts[b][1]:
             found.setdefault((*counts[b], *alike), []).append(b)
     for (n, new, *_), members in found.items():
@@ -218,20 +280,312 @@ def groups(rows: list, mask: Tensor | None, T: int, Tq: int, alone: bool) -> Ite
         yield members, *seen
 
 
-def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwargs: dict) -> None:
+# --- many requests at a time: the library's paged cache ----------------------------------------------------
+
+
+class Table(NamedTuple):
+    """Where the tokens of a request are, in place of a `hip.Bank`; every stride-th of a block is wanted."""
+
+    slot_of: Tensor  # (T,) rows of the cache
+    keys: int  # of a block, of those that are wanted
+    stride: int
+
+
+class Paged(hip.Pages):
+    """Keys and values of one request, in the pages of the library's cache, for the query at its end."""
+
+    @classmethod
+    def of(cls, pages: list[Tensor], slots: Tensor, cfg: HiPConfig) -> Paged:
+        """pages: keys and values (rows, Hkv, D); slots: in which rows its tokens are."""
+        thin = Table(slots, cfg.block_k // cfg.stride_k, cfg.stride_k)
+        shape, whole = (1, pages[0].shape[1], len(slots), pages[0].shape[2]), Table(slots, cfg.block_k, 1)
+        return cls(pages, (thin, whole), shape, whole)
+
+    def take(self, head: Tensor, blocks: Tensor) -> list[Tensor]:
+        """As `hip.Rows.take`."""
+        slot_of, keys, stride = self.bank
+        tokens = blocks[..., None] * (keys * stride) + torch.arange(keys, device=blocks.device) * stride
+        rows = slot_of[tokens.clamp(0, self.shape[2] - 1)] * self.shape[1] + head[:, None, None]
+        return [F.embedding(rows, x.flatten(0, 1)) for x in self.store[: self.parts]]
+
+
+@not_compiled
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    cache=None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The library's attention function of continuous batching: q (1, H, Tq, D), k and v (1, Hkv, Tq, D).
+
+    The Tq tokens are of many requests, one behind another; what each read before lies in the cache's pages.
+    A step of one token takes from these the blocks that it chose, on a GPU all.  Returns as `attention`.
+    """
+    cfg, layer, others = settings(module.config), module.layer_idx, kwargs | dict.fromkeys(PAGED)
+    refuse(module, query, None, cfg, others | dict(dropout=dropout))
+    if cache is None:
+        raise ValueError('attn_implementation="hip_paged" is what generate_batch sets: use "hip"')
+    table = cache.layer_to_allocator[layer]
+    slots, write = (kwargs[x][table.index] for x in ("read_index", "write_index"))
+    window, dense = getattr(table, "sliding_window", None), layer < cfg.dense_layers
+    if window:  # pages are a ring, so the library tells what to look at
+        pages = [x[0].transpose(0, 1) for x in cache.update(key, value, layer, dict(kwargs))]
+        slots = torch.arange(len(pages[0]), device=query.device)
+    else:  # write what is new, and read nothing
+        table.update(*(x[0].transpose(0, 1) for x in (key, value)), layer, slots[:0], write)
+        pages = [x.flatten(0, 1) for x in table.get_cache_for_block_table(layer)]  # (rows, Hkv, D) each
+        slots = slots if len(slots) else write
+    # a request goes by its name, which its last page tells, for that is its own
+    names = {blocks[-1]: name for name, blocks in table.block_table.items() if blocks}
+    memories = vars(cache).setdefault("hip_memory", {})
+    memories[layer] = memory = {x: y for x, y in memories.get(layer, {}).items() if x in table.block_table}
+    ends = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][table.layer_type].tolist()
+    out = torch.zeros_like(query)  # zeros come out for padding
+    for (a, b), (first, last) in zip(*map(pairwise, ends), strict=True):
+        q, mine, new, T = query[:, :, a:b], slots[first:last], b - a, last - first
+        if new == 0:
+            continue
+        prompt = new > 1 or T == 1
+        if window or prompt or dense or query.is_cuda:
+            past = [x[mine].transpose(0, 1)[None].contiguous() for x in pages]
+        else:
+            past = [Paged.of(pages, mine, decoding(cfg))] * 2
+        if window:
+            seen = torch.ones(new, T, dtype=torch.bool, device=q.device)
+            seen = seen.tril(T - new).triu(T - new - window + 1)
+            out[:, :, a:b] = F.scaled_dot_product_attention(q, *past, seen, scale=scaling, enable_gqa=True)
+            continue
+        name = names.get(int(write[b - 1]) // table.block_physical_stride)
+        tokens, row = memory.get(name, (None, NOTHING))
+        row = None if prompt else row if tokens == (cfg, T - new) else NOTHING
+        out[:, :, a:b], row = read(row, q, past, cfg, scaling, dense)
+        row = (begun(row[0], past[0], cfg, scaling), 0) if prompt and not dense else row
+        memory[name] = (cfg, T), row
+    return out.transpose(1, 2), None
+
+
+# --- keys and values elsewhere: in host memory, or in a file ------------------------------------------------
+
+
+class HiPOffloadedCache(DynamicCache):
+    """For `past_key_values`: up to max_tokens of a text, or of each text of a batch with its padding.
+
+    config: the model's.  store, folder, resident_tokens: as `OffloadedKVCache`, whose bound counts for each
+    row by itself.  `reset()` empties it for another text.  ValueError when it cannot be.
+
+    A layer hands over no keys but a handle, `Stored`, from which HiP takes the pages that it chose; any other
+    attention that touches the handle ends in a sentence.  Each row of a batch has an `OffloadedKVCache` of
+    its own in each layer, made with the first tokens, when sizes, dtype and device are known.  Padding is not
+    stored.  Layers with a sliding window of their own keep that window, as the library does it.
+
+    While a layer reads a prompt, its keys and values are on the device, all of them; then they are written,
+    once.  For another piece of a prompt, or to check what an assistant guessed, all that it has is brought in
+    again, and in `dense_layers` at every step.  `crop` forgets pages; beam search copies the store of every
+    beam that goes on twice, at every step.
+
+    Refused: any attention but HiP's, more tokens than the cache was made for, other rows, padding, settings
+    or model than it began with, going on where an error cut a call short.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_tokens: int,
+        store: str = "host",
+        folder: str | None = None,
+        resident_tokens: int | None = None,
+    ):
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise ValueError(f"max_tokens must be a whole number of at least 1, not {max_tokens!r}")
+        super().__init__(config=config)
+        self.max_tokens = max_tokens
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[i] = OffloadedLayer(max_tokens, store, folder, resident_tokens)
+            elif type(layer) is not DynamicSlidingWindowLayer:
+                raise ValueError(f"HiPOffloadedCache has no place for layer {i}, which needs a {layer}")
+
+    @not_compiled  # else it is compiled for every layer by itself
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple:
+        """The library's: take a layer's new keys and values (B, Hkv, T, D), return what attention gets."""
+        if layer_idx == 0:  # nothing of this call is written yet
+            lengths = {layer.get_seq_length() for layer in self.layers}
+            if len(lengths) > 1:
+                raise ValueError("an error cut a call with this cache short: reset() it, or make a new one")
+            if (T := lengths.pop() + key_states.shape[2]) > self.max_tokens:
+                raise ValueError(f"the cache was made for max_tokens={self.max_tokens}, too few for {T}")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def stores(self) -> list[hip.OffloadedKVCache]:
+        """Of every layer and row; their `counts()` and `resident_tokens()` tell what happened."""
+        layers = [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
+        return [store for layer in layers for store in layer.keys.rows]
+
+
+class OffloadedLayer(DynamicLayer):
+    """A layer of the cache, whose keys are a handle."""
+
+    is_croppable, supports_early_init = True, False
+
+    def __init__(self, max_tokens: int, *settings):
+        super().__init__()
+        self.max_tokens, self.settings = max_tokens, settings
+        self.reset()
+
+    def reset(self) -> None:
+        self.keys = self.values = Stored(self.max_tokens, *self.settings)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Stored, Stored]:
+        self.keys.new = key_states, value_states  # `attention` stores them, for it knows what is padding
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.length
+
+    def get_max_length(self) -> int:
+        return self.max_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop wants minus the number of tokens to remove, not {tokens_to_remove}")
+        self.keys.crop(-tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.keys.select([b for b in range(len(self.keys.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.keys.rows:
+            self.keys.select(torch.arange(len(self.keys.rows))[indices.cpu()].tolist())
+
+    reorder_cache = batch_select_indices
+
+    def __copy__(self) -> OffloadedLayer:  # else both would write to one store
+        return copy.deepcopy(self)
+
+
+class Stored:
+    """A layer's keys and values, which `hip_transformers.attention` alone can read.
+
+    rows: of each row of the batch a store of its real tokens.  new: keys and values (B, Hkv, Tq, D) that are
+    still to be stored.  hip_memory: what `attention` left here, None before it, or when it came to no end.
+    """
+
+    def __init__(self, max_tokens: int, *settings):
+        self.max_tokens, self.settings = max_tokens, settings
+        self.rows, self.new, self.hip_memory = [], None, None
+
+    def __deepcopy__(self, memo: dict) -> Stored:
+        other = Stored(self.max_tokens, *self.settings)
+        vars(other).update(vars(self), rows=[self.twin(row) for row in self.rows])
+        return other
+
+    def __reduce_ex__(self, protocol):
+        raise ValueError("a HiPOffloadedCache cannot be pickled: keep its text, and read that again")
+
+    def twin(self, row: hip.OffloadedKVCache) -> hip.OffloadedKVCache:
+        other = self.make()
+        other.append(0, *row.read(0))
+        return other
+
+    def forget(self, length: int) -> None:
+        """Memory is lost when the rows are no longer what they were, or as long."""
+        self.hip_memory = self.hip_memory and ((*self.hip_memory[0][:2], length), [NOTHING] * len(self.rows))
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows; one that is there again gets a store of its own."""
+        again = [b in rows[:i] for i, b in enumerate(rows)]
+        self.rows = [self.twin(self.rows[b]) if x else self.rows[b] for b, x in zip(rows, again, strict=True)]
+        self.forget(self.length)
+
+    def crop(self, count: int) -> None:
+        """Cut the last tokens off.  Where some were padding, the next call says that rows are too short."""
+        for row in self.rows:
+            row.length[0] = max(0, row.length[0] - count)
+            page = row.length[0] // row.block
+            for bank in row.banks[0]:  # what is no longer whole is nowhere on the device
+                bank.page_of.scatter_(1, bank.slot_of[:, page:-1], bank.pages)
+                bank.slot_of[:, page:-1] = bank.slots
+        self.forget(max(0, self.length - count))
+
+    def __getattr__(self, name: str):
+        raise ValueError(
+            'HiPOffloadedCache can be read by attn_implementation="hip" alone: set that, or use another cache'
+        )
+
+    __getitem__ = __getattr__
+
+    @property
+    def length(self) -> int:
+        """Tokens read, with padding."""
+        return self.hip_memory[0][2] if self.hip_memory else 0
+
+    def begin(self, query: Tensor, mask: Tensor | None, cfg: HiPConfig, good: bool) -> tuple[Tensor, Tensor]:
+        """What is new, when it fits what is here.  query (B, H, Tq, D), mask (B, T), cfg: as in `attention`.
+
+        good: whether what `attention` remembers is of the same layer and settings, and as long.  ValueError,
+        with nothing written, if it must be and is not.
+        """
+        (k, v), self.new = self.new, None
+        (B, Hkv, Tq, D), H = k.shape, query.shape[1]
+        if not self.rows:
+            shape = 1, 1, Hkv, self.max_tokens, D
+            try:
+                cache = kernels(k.device, k.shape[3]).OffloadedKVCache
+                made = shape, H, cfg.decoding, k.dtype, k.device, *self.settings
+                # tensors made in inference mode cannot be written outside
+                self.make = torch.inference_mode(False)(functools.partial(cache, *made))
+                self.rows = [self.make() for _ in range(B)]
+            except ValueError as error:
+                raise ValueError(f"{error} (for one layer of one row)") from error
+        elif not good:
+            raise ValueError(
+                "this cache was begun with other settings or another model, or an error cut a "
+                "call with it short: reset() it, or make a new one"
+            )
+        stored = [row.length[0] for row in self.rows]
+        expected = [self.length] * B if mask is None else mask[:, :-Tq].sum(1).tolist()
+        if stored != expected:
+            raise ValueError(
+                f"the cache holds rows of {stored} tokens, and not {expected}: go on with the "
+                "same rows and an attention_mask that hides the same padding"
+            )
+        self.hip_memory = None  # until `attention` has come to its end
+        return k, v
+
+    def add(self, b: int, k: Tensor, v: Tensor, whole: bool) -> list[Tensor] | list[hip.Pages]:
+        """Store a row's next k, v (1, Hkv, n, D).  Returns all that it then has: whole, or as pages."""
+        row = self.rows[b]
+        past = [torch.cat(x, 2) for x in zip(row.read(0), (k, v), strict=True)] if whole else None
+        row.append(0, k, v)
+        return past or [row.layer(0)] * 2
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, cfg: HiPConfig, kwargs: dict):
     """ValueError, in one sentence, for what HiP would get wrong."""
     own_mask, packed = attention_mask is not None and attention_mask.ndim != 2, False
+    few = query.shape[2] <= cfg.dense_tail and not kwargs.get("stored")  # they are dense in any case
     position = kwargs.get("position_ids")
     if position is not None and position.ndim == 2 and not own_mask:
         real = torch.ones_like(position) if attention_mask is None else attention_mask[:, -query.shape[2] :]
         packed = ((position.diff() < 1) & real[:, 1:] & real[:, :-1]).any()
     for cause, here in {
         **{name: isinstance(x, Tensor) and name not in HARMLESS for name, x in kwargs.items()},
-        "rope_clip, for keys come rotated": kwargs["rope_clip"],
+        "rope_clip, for keys come rotated": cfg.rope_clip,
         "dropout": kwargs["dropout"],
         "gradients (missing: torch.no_grad())": torch.is_grad_enabled() and query.requires_grad,
         "attention that is not causal": False in (getattr(module, "is_causal", 1), kwargs.get("is_causal")),
-        "a mask or bias of one's own, or attention in chunks": own_mask and not kwargs.get("sliding_window"),
+        "a mask or bias of one's own, or attention in chunks": own_mask
+        and not (kwargs.get("sliding_window") or few),
         "packed sequences": packed,
         "modules without a layer_idx": getattr(module, "layer_idx", None) is None,
         "softcap": kwargs.get("softcap"),
