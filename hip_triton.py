@@ -367,6 +367,11 @@ def select_blocks(
     return Selection(blocks, start)
 
 
+def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None) -> Selection:
+    """hip.oracle_blocks in one launch: a search that remembers every block."""
+    return select_blocks(q, k, cfg, hip.every_block(q, k, cfg), scale=scale, rope=rope)
+
+
 def table(rope: Rope | None) -> Rope | None:
     """The argument `table` of the kernels."""
     return None if rope is None else tuple(x.contiguous() for x in rope)

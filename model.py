@@ -278,6 +278,7 @@ class Context:
         Differs from the paper: the dense tail, by which the question at the end finds its needle.
         """
         cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
+        oracle = getattr(self.kernels, "oracle_blocks", hip.oracle_blocks)
         if chunk < 1 or chunk % cfg.block_q:
             raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
         with self.reading(tokens) as x:
@@ -306,9 +307,7 @@ class Context:
                 if self.cache:
                     self.cache.append(layer, *(y[:, :, self.length :] for y in past))
                 if self.method == "hip" and cfg.memory:
-                    self.selection[layer] = first_memory(
-                        last, past[0], cfg, rope=self.clipped, kernels=self.kernels
-                    )
+                    self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped, oracle=oracle)
             self.steps, self.graphs = 0, {}
             return model.norm("norm", x)
 
@@ -426,6 +425,11 @@ class Context:
             if unit:
                 self.count(1, T, k.shape[2])
             return self.attend_densely(q, k, v, T if self.method == "dense" else unit or 1, tail)
+        if unit and (n := self.covered(T, k.shape[2], unit)):
+            first = [q[:, :, :n], *(x[:, :, : x.shape[2] - T + n] for x in (k, v))]
+            self.count(1, n, first[1].shape[2])
+            o = self.attend_densely(*first, unit, False)
+            return o if n == T else torch.cat([o, self.attend(layer, q[:, :, n:], k, v, unit)], 2)
         if self.method == "streaming":
             selection = hip.no_blocks(q, k.shape, cfg)
         elif unit or self.steps % cfg.refresh_interval == 0:
@@ -439,6 +443,14 @@ class Context:
             how = selection, cfg, self.method == "hip"
             self.count(self.model.config.layers - layer, T, k.shape[2], how)
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
+
+    def covered(self, T: int, Tk: int, unit: int) -> int:
+        """How many of T queries, in whole units, may choose all that they do not see anyway: are dense."""
+        cfg = self.cfg
+        n = (cfg.sink_blocks + cfg.budget + 1) * cfg.block_k + cfg.window - 1 - (Tk - T)
+        if self.clipped is not None or self.method != "hip":
+            return 0
+        return T if n >= T else max(0, n) // unit * unit
 
     def keep(self, layer: int, selection: Selection) -> None:
         """For the next decoding step; where one was recorded, it looks where the old selection is."""
@@ -488,15 +500,16 @@ def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(i, min(stop, i + size)) for i in range(start, stop, size)]
 
 
-def first_memory(last: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None, kernels=hip) -> Selection:
+def first_memory(
+    last: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None, oracle=hip.oracle_blocks
+) -> Selection:
     """What decoding starts from: the exact best blocks of each of a prompt's last queries (B, H, n, D).
 
     As one wide selection of n * M blocks: what one query needs, and so perhaps the first decoded token, must
     not give way to what the others need.  Differs from the paper, which searches afresh.
     """
     cfg = replace(cfg, block_q=1, stride_q=1)
-    every = hip.every_block(last, k, cfg)  # of which the best stay
-    blocks, start = kernels.select_blocks(last, k, cfg, every, scale=scale, rope=rope)
+    blocks, start = oracle(last, k, cfg, scale=scale, rope=rope)
     return Selection(blocks.flatten(2)[:, :, None], start[-1:])
 
 
@@ -519,7 +532,7 @@ def generate(
         if token in eos:
             return
         yield token
-        hidden = context.decode(torch.tensor([[token]]))
+        hidden = context.decode(torch.tensor([[token]], device="cpu"))
 
 
 # --- loading -----------------------------------------------------------------------------------------------
