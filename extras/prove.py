@@ -292,7 +292,7 @@ def memory_case(options: argparse.Namespace) -> None:
             chosen = kernels.select_blocks(q, k, cfg, chosen, rope=rope)
         o = kernels.sparse_attention(q, k, v, chosen, cfg, rope=rope)
         assert o.isfinite().all(), (Tq, dtype)
-        if rope is None and dtype == torch.bfloat16 and Tq <= cfg.block_q:
+        if rope is None and dtype == torch.bfloat16 and Tq == 1:
             cache = kernels.OffloadedKVCache((1, 2, Hkv, T, D), H, cfg, dtype, "cuda")
             cache.append(0, k, v)
             for _ in range(2):  # all pages missing, then there
@@ -419,7 +419,8 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("the search does not ask how many tokens there are",
      "    Tk = tokens_of(p_length, Tk)\n    start", "    start"),
     ("a page that has a token more stays as it was",
-     "bank.fetch(page.where(slot < bank.slots, bank.pages), slot)", "bank.fetch(torch.full_like(page, bank.pages), slot)"),
+     "bank.fetch(page.where(slot < bank.slots, bank.pages), slot)",
+     "bank.fetch(torch.full_like(page, bank.pages), slot)"),
     # the search
     ("ties go to the higher position", "(b_xb < b_b[None, :])", "(b_xb > b_b[None, :])"),
     ("lower scores are better", "m = (b_xa > b_a[None, :])", "m = (b_xa < b_a[None, :])"),
@@ -515,7 +516,7 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("heads of the next group are attended for and stored",
      "m_r, o_own = (o_h < GROUP) & (o_row < Tq)", "m_r, o_own = (o_row < Tq)"),
     ("all heads of a group are stored as the first",
-     "(i_g * GROUP + o_h) * Tq + o_row) * D", "(i_g * GROUP) * Tq + o_row) * D"),
+     "o_o = o_h.to(tl.int64) * s_o[1] + o_row", "o_o = o_row"),
     ("a query block has rows of the next", "tl.program_id(0) % PARTS * ROWS", "tl.program_id(0) * ROWS"),
     ("decoding: a group begins with another's head",
      "b_q = load_rows(head(p_q, s_q, i_b, i_s * GROUP), s_q[3], o_q, m_r, table, o_row",
@@ -683,8 +684,8 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("positions are clamped to 1",
      "at[..., c:, :].clamp(0, len(y) - 1)", "at[..., c:, :].clamp(1, len(y) - 1)"),
     ("rotation backwards",
-     "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
-     "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)"),
+     "addcmul_(b, sin, value=-1)\n    out[..., 1, :].addcmul_(a, sin)",
+     "addcmul_(b, sin)\n    out[..., 1, :].addcmul_(a, sin, value=-1)"),
     ("the oracle misses the first blocks",
      "every = torch.arange(-(-k.shape[2] // cfg.block_k),", "every = torch.arange(4, 4 - -k.shape[2] // cfg.block_k,"),  # noqa: E501
     ("the oracle sees every second block",
