@@ -301,12 +301,16 @@ class Paged(hip.Pages):
         shape, whole = (1, pages[0].shape[1], len(slots), pages[0].shape[2]), Table(slots, cfg.block_k, 1)
         return cls(pages, (thin, whole), shape, whole)
 
-    def take(self, head: Tensor, blocks: Tensor) -> list[Tensor]:
+    dtype = property(lambda self: self.store[0].dtype)
+
+    def take(self, blocks: Tensor) -> list[Tensor]:
         """As `hip.Rows.take`."""
-        slot_of, keys, stride = self.bank
+        (slot_of, keys, stride), Hkv, S = self.bank, self.shape[1], blocks.shape[1]
         tokens = blocks[..., None] * (keys * stride) + torch.arange(keys, device=blocks.device) * stride
-        rows = slot_of[tokens.clamp(0, self.shape[2] - 1)] * self.shape[1] + head[:, None, None]
-        return [F.embedding(rows, x.flatten(0, 1)) for x in self.store[: self.parts]]
+        head = (torch.arange(S, device=blocks.device) // (S // Hkv)).view(S, 1, 1, 1)
+        rows = slot_of[tokens.clamp(0, self.shape[2] - 1)] * Hkv + head
+        pages = self.store[:1] if self.bank is self.banks[0] else self.store  # a search needs no values
+        return [F.embedding(rows, x.flatten(0, 1)) for x in pages]
 
 
 @not_compiled

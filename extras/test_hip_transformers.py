@@ -151,8 +151,8 @@ class OneLayer:
     def embed(self, x):
         return x
 
-    def qkv(self, layer, x, rope):
-        return x.unflatten(2, (sum(self.heads), -1)).transpose(1, 2).split(self.heads, 1)
+    def project(self, layer, x):
+        return x.unflatten(2, (sum(self.heads), -1)).transpose(1, 2)
 
     def behind(self, layer, x, o):
         o = o.transpose(1, 2).flatten(2)
