@@ -253,11 +253,6 @@ def run(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
 
-    if offload and kernels is not hip and cfg.rope_clip is not None:
-        raise ValueError(
-            "--offload with --attention hip-triton cannot clip positions: use --attention hip "
-            "or --rope-clip off"
-        )
     started = time.perf_counter()
     context = Context(model, len(tokens) + options.max_new_tokens, cfg, method, kernels, offload=offload)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n} of {total} tokens [{elapsed}<{remaining}{postfix}]"

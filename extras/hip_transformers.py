@@ -204,7 +204,8 @@ def begun(kept: tuple, k: Tensor, cfg: HiPConfig, scale: float | None) -> tuple:
     Found when it is wanted, where keys are at hand: of all pieces of a prompt only the last one's is, none
     behind what an assistant guessed, and it costs several times what dense attention of so few queries does.
     """
-    return first_memory(kept[0], k, cfg, scale=scale) if kept else kept
+    oracle = kernels(k.device, k.shape[3]).oracle_blocks
+    return first_memory(kept[0], k, cfg, scale=scale, oracle=oracle) if kept else kept
 
 
 @not_compiled
