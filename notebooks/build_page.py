@@ -245,7 +245,7 @@ def main() -> None:
     before, rest = page.split(BEGIN)
     after = rest.split(END, 1)[1]
     with torch.inference_mode():
-        data = "\n".join(page_data(*load()))
+        data = "\n".join(page_data(*load(dtype=torch.float32)))
     PAGE.write_text(before + BEGIN + data + END + after, encoding="utf-8")
     print(f"{PAGE.name}: {time.monotonic() - started:.0f} s, {PAGE.stat().st_size / 1000:.0f} kB")
 

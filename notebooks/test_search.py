@@ -134,7 +134,7 @@ def test_every_search_of_the_page_is_whole():
 
 
 def test_a_text_read_anew_is_the_one_in_the_page():
-    net, tokenizer = load()
+    net, tokenizer = load(dtype=torch.float32)
     title, text = next(iter(texts(tokenizer).items()))
     old, nodes = DATA["texts"][0], NODES[:1]
     with torch.inference_mode():  # some of it, which takes less time
