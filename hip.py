@@ -194,7 +194,8 @@ def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tup
     """Paper Alg. 1: the blocks of domains [lo, hi (..)) that survive, and their scores: (.., M) each.
 
     score: gives blocks (.., C) their scores.  Nodes that are empty end as NO_BLOCK.  A domain of at most M
-    blocks is returned whole: attention is then dense.  Of at most 2 * M all are scored: `oracle_blocks`.
+    blocks is returned whole: attention is then dense.  Of at most 2 * M all are scored, so the result is that
+    of `oracle_blocks`.
     """
     M, lo, n = cfg.budget, cfg.sink_blocks, (hi - cfg.sink_blocks)[..., None]
     bounds = lo + n * torch.arange(M + 1, device=n.device) // M  # rounded down; the paper rounds to nearest
@@ -207,7 +208,8 @@ def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tup
         block = {"center": (f + l) // 2, "first": f, "last": l - 1}[cfg.representative]
         block = block.where(f < l, NO_BLOCK)  # Alg. 1, l. 9-10: one block speaks for all
         if scores is not None and r == rounds - 1 and cfg.representative == "center":
-            # a node has at most two blocks now: the right branch is the one that spoke for it, and is scored
+            # a node is [f, f + 2) now, for which f + 1 spoke, its right branch; or [f, f + 1), which splits
+            # into nothing and itself.  So the right branches are scored already
             scores = torch.stack([score(block[..., ::2]), scores], -1).flatten(-2)
         else:
             scores = score(block)
@@ -220,12 +222,12 @@ def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tup
 def score_blocks(x: QueryBlocks, keys: Rows | Pages, seen: Tensor, cfg: HiPConfig, blocks: Tensor) -> Tensor:
     """What key blocks (B, S, n, C) are worth to their query blocks: as many float32, at least LOWEST.
 
-    "max": the largest product.  "mass": the logarithm of the sum over rows of exp(largest product of the row)
-    / (sum of exp over what the row sees anyway), so that no row outvotes the rest by being loud.
+    "max": the largest product.  "mass": log(sum over rows of exp(the row's largest product) / exp(seen)), an
+    estimate of attention from the loudest key: no row outvotes the rest by being loud.  seen: `seen_anyway`.
     """
     b_k, *_ = gather(x, keys, blocks, cfg)  # (B, S, n, C * N, D)
     s = (b_k.float() @ x.q.transpose(3, 4)).unflatten(3, (blocks.shape[3], -1))  # (B, S, n, C, N, R)
-    s = s.amax(4) * x.scale - seen[:, :, :, None]  # (B, S, n, C, R); scale > 0
+    s = s.amax(4) * x.scale - seen[:, :, :, None]  # (B, S, n, C, R); -inf of a row that does not exist
     s = s.logsumexp(4) if cfg.score == "mass" else s.amax(4)
     return s.where(s > LOWEST, LOWEST)
 
@@ -246,8 +248,8 @@ def seen_anyway(x: QueryBlocks, keys: Rows | Pages, cfg: HiPConfig) -> Tensor:
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Where the `count` highest of (.., C) scores stand, ascending; of equals the earlier is better."""
-    # whole numbers in the order of the scores and then of the places: `topk` of these takes a third of the
-    # time of a stable sort
+    # the bits of a float, as a whole number that sorts alike, above the place: `topk` of these takes a third
+    # of the time of a stable sort
     bits = (scores + 0.0).view(torch.int32)  # no -0.0
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
     order -= torch.arange(scores.shape[-1], device=scores.device)
@@ -317,18 +319,18 @@ def query_blocks(q, keys, hi, cfg, scale, stride=1) -> Iterator[tuple[slice, Que
 
     stride: of the rows that take part.  keys: `Rows` or `Pages`.
     """
-    (B, S, group, Tq, D), Tk, R = q.shape, keys.shape[2], min(cfg.block_q, q.shape[3])
-    row, scale = torch.arange(0, R, stride, device=q.device), D**-0.5 if scale is None else scale
+    (B, S, group, Tq, D), Tk, rows = q.shape, keys.shape[2], min(cfg.block_q, q.shape[3])  # of a head
+    row, scale = torch.arange(0, rows, stride, device=q.device), D**-0.5 if scale is None else scale
     # so many at a time that what they gather fits the cache; a power of two, so that a prompt is cut alike in
     # pieces of any multiple of PIECE queries
     n = min(GATHERED // (B * S * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q)), PIECE // cfg.block_q)
     n = 1 << max(1, n).bit_length() - 1
     for i in (slice(start, min(len(hi), start + n)) for start in range(0, len(hi), n)):
-        first = torch.arange(i.start * R, i.stop * R, R, device=q.device)
+        first = torch.arange(i.start * rows, i.stop * rows, rows, device=q.device)  # among the queries
         b_q = q[:, :, :, (first[:, None] + row).clamp(max=Tq - 1)].float()  # (B, S, H / S, n, rows, D)
         if keys.rope is not None:  # a query block begins at position rope_clip (`rotated`)
             b_q = rotate(b_q, *(y[cfg.rope_clip + row] for y in keys.rope))
-        b_q, first = b_q.transpose(2, 3).flatten(3, 4), first + Tk - Tq  # (B, S, n, R, D)
+        b_q, first = b_q.transpose(2, 3).flatten(3, 4), first + Tk - Tq  # (B, S, n, R, D); among the keys
         last = (first + row[-1]).clamp(max=Tk - 1) // cfg.block_k
         yield i, QueryBlocks(b_q, row.repeat(group), first, last, hi[i].expand(B, S, -1), scale)
 

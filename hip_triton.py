@@ -696,6 +696,7 @@ def fill_kernel(
 
 def fill(h: Tensor, rope: Rope | None, q: Tensor, k: Tensor | Begun, v: Tensor | Begun) -> None:
     """model.fill in one launch; a single token is the last one of k and v that are `Begun`."""
+    check_device(q)
     (k, length), v = (k, v.rows) if isinstance(k, Begun) else ((k, None), v)
     B, heads, T, D = h.shape
     ROWS = min(32, triton.next_power_of_2(T))
