@@ -12,6 +12,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -871,6 +872,22 @@ def test_the_last_queries_of_a_prompt_attend_densely_and_the_rest_does_not(tiny)
     context.prefill(some_tokens(333))
     for n in notes:
         assert n.q.shape[2] in (328, 5) and n.dense == (n.q.shape[2] == 5)
+
+
+@pytest.mark.parametrize("change", [{}, dict(sink=0, window=1), dict(block_k=2), dict(rope_clip=20)], ids=str)
+def test_prompt_queries_that_may_choose_everything_attend_densely(tiny, change):
+    cfg = HiPConfig(**vars(SMALL) | change)
+    lo, hi = hip.domain(600, 600, replace(cfg, block_q=1, stride_q=1))
+    count = 0 if cfg.rope_clip else int((hi - lo <= cfg.budget).sum())
+    context = Context(tiny, 600, cfg)
+    assert [context.covered(T, T, 1) for T in (1, 600)] == [min(1, count), count]
+    assert (
+        context.covered(600 - 9, 600, 1) == max(0, count - 9)
+        and context.covered(600, 600, 64) == count // 64 * 64
+    )
+    notes = watch_attention(context)
+    context.prefill(some_tokens(count or 30))
+    assert cfg.rope_clip or all(note.dense for note in notes)
 
 
 def test_the_first_layers_attend_densely_when_told_so(tiny):
