@@ -46,7 +46,7 @@ PIECE = 512  # queries of a head that are worked on at a time, at most, or one q
 NO_BLOCK = 2**31 - 1  # padding: later than every query, so masked, and sorts last; leaves this file as -1
 LOWEST = torch.finfo(torch.float32).min  # least score of a real block, above the -inf of what is none
 
-Rope = tuple[Tensor, Tensor]  # cos and sin of positions 0, 1, ...: (positions, D / 2) float32
+Rope = tuple[Tensor, Tensor]  # cos and sin of positions 0, 1, ...: (positions, D / 2) float32, constants
 Keys = "Tensor | Pages"  # (B, Hkv, Tk, D), or a layer of an offloaded cache
 
 

@@ -111,20 +111,23 @@ class ModelConfig:
 
 
 class Llama:
-    """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; a `Context` leads a text through its layers."""
+    """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; a `Context` leads a text through its layers.
+
+    weights: all that `config.shapes()` names.  They may be changed in place, but not be replaced later: those
+    that multiply the same numbers become views of one matrix (and of one bias).
+    """
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.config, self.weights = config, weights
         self.dtype, self.device = weights["norm.weight"].dtype, weights["norm.weight"].device
         divisor = torch.tensor(config.rope_divisor or 1.0, dtype=torch.float32, device="cpu")
         self.frequencies = (rope_frequencies(config.rope_theta, config.head_size) / divisor).to(self.device)
-        # matrices of one factor are one product: they become views of one matrix (and of one bias)
         self.joint = {}
         with torch.autocast(self.device.type, enabled=False):
             for i, name, kind in itertools.product(range(config.layers), JOINT, (".weight", ".bias")):
                 keys = [f"layers.{i}.{part}{kind}" for part in JOINT[name]]
                 if keys[0] in weights:
-                    whole = torch.cat([weights[key] for key in keys])
+                    whole = joined([weights[key] for key in keys])
                     weights |= zip(keys, whole.split([len(weights[key]) for key in keys]), strict=True)
                     self.joint[f"layers.{i}.{name}{kind}"] = whole
 
@@ -176,6 +179,17 @@ class Llama:
         """Scores (..., vocabulary) of the next token in float32, from final hidden states (..., C)."""
         with torch.autocast(self.device.type, enabled=False):
             return self.linear("embed_tokens" if self.config.tied else "lm_head", hidden).float()
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors behind each other as one; those that lie so already, as in another model, are not copied."""
+    whole, end = parts[0], parts[0].data_ptr()
+    for x in parts:
+        same = x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if x.data_ptr() != end or not same or not x.is_contiguous():
+            return torch.cat(parts)
+        end += x.nbytes
+    return whole.as_strided((sum(map(len, parts)), *whole.shape[1:]), whole.stride())
 
 
 def rope_frequencies(theta: float, head_size: int) -> Tensor:
@@ -564,7 +578,9 @@ def load(name: str | None = None, dtype: torch.dtype | None = None, device="cpu"
         config = replace(config, tied=torch.equal(weights.setdefault("embed_tokens.weight", head), head))
     if missing := sorted(config.shapes().keys() - weights.keys()):
         raise ValueError(f"{path} lacks the tensor {' and '.join(missing[:2])}")
-    return Llama(config, {key: weights[key] for key in config.shapes()}), tokenizer
+    for key in weights.keys() - config.shapes().keys():
+        del weights[key]
+    return Llama(config, weights), tokenizer  # this dict, or all would be there twice while they are joined
 
 
 def packaged_model() -> Path:

@@ -874,6 +874,18 @@ def test_the_last_queries_of_a_prompt_attend_densely_and_the_rest_does_not(tiny)
         assert n.q.shape[2] in (328, 5) and n.dense == (n.q.shape[2] == 5)
 
 
+def test_models_of_the_same_weights_share_them(tiny):
+    again, copied = Llama(tiny.config, tiny.weights), Llama(tiny.config, dict(tiny.weights))
+    transposed = {key: x.t().contiguous().t() if x.ndim == 2 else x for key, x in tiny.weights.items()}
+    others = Llama(tiny.config, transposed)
+    for key, x in tiny.joint.items():
+        assert again.joint[key].data_ptr() == copied.joint[key].data_ptr() == x.data_ptr()
+        assert torch.equal(others.joint[key], x)
+    hidden = [read(model, some_tokens(30), SMALL)[1] for model in (tiny, again, others)]
+    assert torch.equal(hidden[0], hidden[1])
+    torch.testing.assert_close(hidden[2], hidden[0])
+
+
 @pytest.mark.parametrize("change", [{}, dict(sink=0, window=1), dict(block_k=2), dict(rope_clip=20)], ids=str)
 def test_prompt_queries_that_may_choose_everything_attend_densely(tiny, change):
     cfg = HiPConfig(**vars(SMALL) | change)
