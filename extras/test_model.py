@@ -875,9 +875,9 @@ def test_the_last_queries_of_a_prompt_attend_densely_and_the_rest_does_not(tiny)
 
 
 def test_models_of_the_same_weights_share_them(tiny):
-    again, copied = Llama(tiny.config, tiny.weights), Llama(tiny.config, dict(tiny.weights))
+    again, copied = (llama.Llama(tiny.config, x) for x in (tiny.weights, dict(tiny.weights)))
     transposed = {key: x.t().contiguous().t() if x.ndim == 2 else x for key, x in tiny.weights.items()}
-    others = Llama(tiny.config, transposed)
+    others = llama.Llama(tiny.config, transposed)
     for key, x in tiny.joint.items():
         assert again.joint[key].data_ptr() == copied.joint[key].data_ptr() == x.data_ptr()
         assert torch.equal(others.joint[key], x)
