@@ -115,6 +115,11 @@ class HiPConfig:
         x, stride = self.decode_factor, max(1, self.stride_k // self.decode_factor)
         return replace(self, top_k=self.top_k * x, stride_k=stride, decode_factor=1)
 
+    @property
+    def covered(self) -> int:
+        """First tokens of a text, which may choose everything: for them HiP is dense attention."""
+        return (self.sink_blocks + self.budget + 1) * self.block_k + self.window - 1
+
     def rounds(self, n: int) -> int:
         """Of a search among n blocks: until the widest node is one block; one at least, for the scores."""
         return max(1, (-(-n // self.budget) - 1).bit_length())

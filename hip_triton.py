@@ -60,6 +60,12 @@ class Begun(NamedTuple):
     length: Tensor  # (1,) int64, at least 1
 
 
+def without_length(*kv: Keys | Begun) -> tuple:
+    """Keys, or keys and values, and the length that they have on the device, or None."""
+    begun = isinstance(kv[0], Begun)
+    return *(x.rows if begun else x for x in kv), kv[0].length if begun else None
+
+
 # --- scores ------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +342,7 @@ def select_blocks(
     Of an offloaded cache it reads the keys in the store.  hip.py searches where the device cannot reach that,
     and for a group of so many rows that they do not fit.
     """
-    k, length = k if isinstance(k, Begun) else (k, None)
+    k, length = without_length(k)
     hip.check_call(q, (k,), cfg, scale, rope)
     check_device(q, previous or (), "previous")
     check_length(q, length)
@@ -605,7 +611,7 @@ def sparse_attention(
 
     A window may begin anywhere, not only with a block: the host would have to wait to find that out.
     """
-    (k, length), v = (k, v.rows) if isinstance(k, Begun) else ((k, None), v)
+    k, v, length = without_length(k, v)
     hip.check_call(q, (k, v), cfg, scale, rope)
     check_device(q, selection, "selection")
     check_length(q, length)
@@ -697,7 +703,7 @@ def fill_kernel(
 def fill(h: Tensor, rope: Rope | None, q: Tensor, k: Tensor | Begun, v: Tensor | Begun) -> None:
     """model.fill in one launch; a single token is the last one of k and v that are `Begun`."""
     check_device(q)
-    (k, length), v = (k, v.rows) if isinstance(k, Begun) else ((k, None), v)
+    k, v, length = without_length(k, v)
     B, heads, T, D = h.shape
     ROWS = min(32, triton.next_power_of_2(T))
     strides, sizes = (x.stride() for x in (h, q, k, v)), dict(H=q.shape[1], HKV=k.shape[1], D=D, ROWS=ROWS)

@@ -333,11 +333,13 @@ class Context:
         with self.reading(tokens) as x:
             cfg, last = self.decoding, self.selection[-1]
             search = self.method == "hip" and self.steps % cfg.refresh_interval == 0
-            if self.end is not None:
+            if self.end is None:
+                x = self.step(x)
+            else:
                 self.end.fill_(self.length + 1)
-            x = self.replay(x, search) if self.end is not None and x.is_cuda else self.step(x)
-            if self.end is not None and self.cache:
-                self.cache.filled()
+                x = self.replay(x, search) if x.is_cuda else self.step(x)
+                if self.cache:
+                    self.cache.filled()
             self.steps += 1
             layers, Tk = self.model.config.layers, self.length + 1
             dense = layers if self.method == "dense" else min(layers, cfg.dense_layers)
@@ -415,7 +417,7 @@ class Context:
         """The layer's keys and values up to token `end`, (B, Hkv, end, D) each, with those that it has."""
         if self.cache is None:
             return [x[layer, :, :, :end] for x in (self.k, self.v)]
-        shape = (*self.cache.shape[1:3], end, self.cache.shape[4])
+        shape = (*self.shape[1:3], end, self.shape[4])
         past = [torch.empty(shape, dtype=self.model.dtype, device=self.model.device) for _ in "kv"]
         for x, old in zip(past, self.cache.read(layer), strict=True):
             x[:, :, : self.length] = old
@@ -460,8 +462,7 @@ class Context:
 
     def covered(self, T: int, Tk: int, unit: int) -> int:
         """How many of T queries, in whole units, may choose all that they do not see anyway: are dense."""
-        cfg = self.cfg
-        n = (cfg.sink_blocks + cfg.budget + 1) * cfg.block_k + cfg.window - 1 - (Tk - T)
+        n = self.cfg.covered - (Tk - T)
         if self.clipped is not None or self.method != "hip":
             return 0
         return T if n >= T else max(0, n) // unit * unit
@@ -541,7 +542,8 @@ def generate(
         if not finite:
             raise ValueError("scores of the next token are NaN or infinite: use another dtype or model")
         if temperature > 0:  # the best becomes 0, which no temperature makes infinite
-            likely = ((logits.cpu() - logits.max().cpu()).double() / temperature).softmax(-1).float()
+            logits = logits.cpu()
+            likely = ((logits - logits.max()).double() / temperature).softmax(-1).float()
             token = int(torch.multinomial(likely, 1, generator=generator))
         if token in eos:
             return

@@ -193,9 +193,7 @@ def covered(start: int, cfg: HiPConfig) -> int:
     For them HiP is dense attention, which need not gather.  By default these are the first 2,368 tokens of a
     prompt, and decoding up to token 4,416, which takes a quarter of the time so.
     """
-    # a query block that begins here has a domain of budget + 1 blocks
-    end = (cfg.sink_blocks + cfg.budget + 1) * cfg.block_k + cfg.window - 1
-    return max(0, -(-(end - start) // cfg.block_q) * cfg.block_q)
+    return max(0, -(-(cfg.covered - start) // cfg.block_q) * cfg.block_q)
 
 
 def begun(kept: tuple, k: Tensor, cfg: HiPConfig, scale: float | None) -> tuple:
