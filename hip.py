@@ -587,7 +587,7 @@ class Bank:
         self.slot_of = torch.full((heads, self.pages + 1), slots, device=device)  # the page table
         self.page_of = torch.full((heads, slots + 1), self.pages, device=device)  # its inverse
         self.last_use = torch.full((heads, slots + 1), -1, device=device)  # call that last needed a slot
-        self.call = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.call = torch.zeros(heads, 1, dtype=torch.int64, device=device)
         self.counted = torch.zeros(2, dtype=torch.int64, device=device)  # hits, misses
 
     def find(self, wanted: Tensor) -> Tensor:

@@ -7,8 +7,11 @@ Read hip.py first; it says what is computed and why.  This file says how a GPU d
     attention_kernel  flash attention (one pass, running maximum and sum) over a query block's own tokens
     split_kernel      the same for decoding, where there are few queries: programs share out the tokens ...
     merge_kernel      ... and this one adds up their parts
-    copy_kernel       brings pages of an offloaded cache in
-    fill_kernel       rotates what a model has projected, and writes keys and values to its cache
+    norm_kernel       of a model: a sum and its norm ...
+    gated_kernel      ... the middle of its feed-forward part ...
+    fill_kernel       ... and what it has projected, rotated, keys and values in its cache
+    find_kernel       of an offloaded cache: finds room for the pages that a query attends to ...
+    copy_kernel       ... and brings those in that were missing
 
 All rows of a query block, `block_q` queries of each head of its group, share the keys that are gathered.
 
@@ -617,9 +620,11 @@ def sparse_attention(
     check_length(q, length)
     (B, H, Tq, D), Hkv, Tk, NQ = q.shape, *k.shape[1:3], -(-q.shape[2] // cfg.block_q)
     hip.check_selection(selection, "selection", B, (Hkv, H), NQ)
-    paged, lost = None, None
+    paged = None
     if isinstance(k, Pages):
-        k, v, paged, lost = resident(k, length, selection, cfg)
+        bank = k.bank
+        bank.attended(selection, length, Tk, cfg)
+        (k, v), paged = (x.view(B, Hkv, -1, D) for x in bank.rows), (bank.slot_of, bank.slot_of.shape[1])
     blocks, start = selection.blocks.int().contiguous(), selection.window_start.contiguous()
     # in the order of hidden states, where a model needs it next
     o, S, M = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2), *blocks.shape[1::2]
@@ -640,7 +645,7 @@ def sparse_attention(
             constants = split_constants(*sizes, Tq)
             split_kernel[shape[3], S, B](q, k, v, blocks, start, *more, OFFSET=OFFSET, **constants)
             merge_kernel[Tq, H, B](part, stat, o, o.stride(), D=D, PARTS=shape[3])
-    return o if lost is None else o.masked_fill_(lost, math.nan)
+    return o
 
 
 def hip_attention(
@@ -652,6 +657,60 @@ def hip_attention(
 
 
 # --- the model ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def norm_kernel(p_x, p_more, p_weight, p_o, s_x, s_more, s_n, eps, C: tl.constexpr):
+    """RMS norm of a row, to which another is added first, in place.  Equals model.norm.
+
+    Grid (T, B); a program owns one row of (B, T, C) tensors, stride 1 in C.  p_weight: (C,).
+    Masks: the padding of C.  Sum and norm are float32, the norm that of the sum in its dtype.
+    """
+    i_t, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_c = tl.arange(0, triton.next_power_of_2(C))
+    m = o_c < C
+    p_x += i_b * s_x[0] + i_t * s_x[1] + o_c
+    b_x = tl.load(p_x, mask=m, other=0.0)
+    if p_more is not None:
+        b_more = tl.load(p_more + i_b * s_more[0] + i_t * s_more[1] + o_c, mask=m, other=0.0)
+        b_x = (b_x.to(tl.float32) + b_more.to(tl.float32)).to(b_x.dtype)
+        tl.store(p_x, b_x, mask=m)
+    b_x = b_x.to(tl.float32)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps) * tl.load(p_weight + o_c, mask=m).to(tl.float32)
+    tl.store(p_o + i_b * s_n[0] + i_t * s_n[1] + o_c, b_x.to(p_o.dtype.element_ty), mask=m)
+
+
+def norm(weight: Tensor, eps: float, x: Tensor, more: Tensor | None = None) -> Tensor:
+    """model.norm of x (B, T, C), and of x + more, in one launch."""
+    (B, T, C), o = x.shape, torch.empty_like(x)
+    strides = x.stride(), (x if more is None else more).stride(), o.stride()
+    with torch.cuda.device_of(x):
+        warps = min(16, max(1, triton.next_power_of_2(C) // 256))
+        norm_kernel[T, B](x, more, weight, o, *strides, eps, C=C, num_warps=warps)
+    return o
+
+
+@triton.jit
+def gated_kernel(p_h, p_o, N, SIZE: tl.constexpr):
+    """silu of one half of a row times the other half.  Equals model.gated.
+
+    Grid (rows, N / SIZE); a program owns SIZE numbers of one row.  p_h: (rows, 2 * N), p_o: (rows, N),
+    contiguous.  Masks: the padding of N.
+    """
+    i, o_n = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    p_h += i * 2 * N + o_n
+    b_gate, b_up = tl.load(p_h, mask=o_n < N).to(tl.float32), tl.load(p_h + N, mask=o_n < N).to(tl.float32)
+    b_o = b_gate / (1 + tl.exp(-b_gate)) * b_up
+    tl.store(p_o + i * N + o_n, b_o.to(p_o.dtype.element_ty), mask=o_n < N)
+
+
+def gated(h: Tensor) -> Tensor:
+    """model.gated in one launch."""
+    N, SIZE = h.shape[-1] // 2, 1024
+    h, o = h.contiguous(), h.new_empty(*h.shape[:-1], N)
+    with torch.cuda.device_of(h):
+        gated_kernel[o.numel() // N, triton.cdiv(N, SIZE)](h, o, N, SIZE=SIZE)
+    return o
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -715,7 +774,8 @@ def fill(h: Tensor, rope: Rope | None, q: Tensor, k: Tensor | Begun, v: Tensor |
 # --- the offloaded cache -----------------------------------------------------------------------------------
 #
 # A GPU reads pinned host memory by itself, so kernels can bring pages in, and the search needs none: it looks
-# at few keys, each once.  Attention is told in which slots of the bank its pages lie (`paged`).
+# at few keys, each once.  Attention is told in which slots of the bank its pages lie (`paged`), and reads the
+# last slot, which is NaN, for a page that is nowhere.
 
 
 def reachable(store: Tensor, device: torch.device) -> bool:
@@ -723,24 +783,68 @@ def reachable(store: Tensor, device: torch.device) -> bool:
     return store.device == device or store.is_pinned()
 
 
-def resident(keys: Pages, length: Tensor | None, selection: Selection, cfg: HiPConfig) -> tuple:
-    """Brings in all that a query attends to, without the host waiting for the device.
+@triton.jit(do_not_specialize=["Tk", "count", "room", "pages", "slots"])
+def find_kernel(
+    p_blocks,
+    p_start,
+    p_length,
+    p_slot_of,
+    p_page_of,
+    p_last_use,
+    p_call,
+    p_counted,
+    p_page,
+    p_slot,
+    Tk,
+    count,
+    room,
+    pages,
+    slots,
+    BLOCK_K: tl.constexpr,
+    LO: tl.constexpr,
+    N: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Slots for the pages that a query attends to.  Equals hip.Bank.find of these, but for what it copies.
 
-    Returns slots of keys and values (B, Hkv, tokens, D), `paged` of split_kernel, and whether the window
-    is longer than there is room for: (1,), never within cfg.refresh_interval steps of the search.
+    Grid (heads,); a program owns the bank of one head, whose pages are `count` chosen blocks, the sink, and
+    the latest `room` of the window.  What is missing takes the slots that were used least recently.  p_page,
+    p_slot: (heads, N), what copy_kernel is to bring in.  With p_length that is the last page, too, which has
+    a token more.  The rest are fields of the bank.  Masks: m_x pages that are to be here, each once; m_new
+    those that are not.
     """
-    (B, Hkv, Tk, D), bank, block = keys.shape, keys.bank, keys.bank.keys
-    last = ((Tk if length is None else length) - 1) // block
-    chosen = selection.blocks.reshape(B * Hkv, -1).long()
-    sink = torch.arange(min(cfg.sink_blocks, bank.pages), device=chosen.device).clamp(max=last)
-    room = bank.slots - chosen.shape[1] - len(sink) if bank.slots < bank.pages else bank.pages
-    first, room = selection.window_start // block, max(1, room)
-    window = last - torch.arange(room, device=chosen.device)
-    # of what is no page one that the sink has
-    chosen, window = chosen.where((chosen >= 0) & (chosen <= last), 0), window.where(window >= first, 0)
-    bank.find(torch.cat([chosen, torch.cat([sink, window]).expand(len(chosen), -1)], 1))
-    k, v = (x.view(B, Hkv, -1, D) for x in bank.rows)
-    return k, v, (bank.slot_of, bank.slot_of.shape[1]), first <= last - room
+    i_h, o_x, o_s = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, SLOTS)
+    last = (tokens_of(p_length, Tk) - 1) // BLOCK_K
+    first, sink = (tl.load(p_start) // BLOCK_K).to(tl.int32), tl.minimum(LO, last + 1)
+    b_chosen, o_w = tl.load(p_blocks + i_h * count + o_x, mask=o_x < count, other=-1), o_x - count - sink
+    b_window = tl.where((o_w < room) & (last - o_w >= first), last - o_w, -1)
+    b_page = tl.where(o_x < count, b_chosen, tl.where(o_w < 0, o_x - count, b_window))
+    m_x = (b_page >= 0) & (b_page <= last)
+    b_order = tl.where(m_x, b_page, -1 - o_x)
+    m_x &= before(b_order, o_x) == before(b_order, tl.zeros_like(o_x))
+    p_slot_of, p_page_of = p_slot_of + i_h * (pages + 1), p_page_of + i_h * (slots + 1)
+    p_last_use += i_h * (slots + 1)
+    b_slot = tl.load(p_slot_of + b_page, mask=m_x, other=0).to(tl.int32)
+    m_new, call = m_x & (b_slot == slots), tl.load(p_call + i_h) + 1
+    tl.store(p_call + i_h, call)
+    tl.atomic_add(p_counted, tl.sum((m_x & (b_slot < slots)).to(tl.int64), 0))
+    tl.atomic_add(p_counted + 1, tl.sum(m_new.to(tl.int64), 0))
+    tl.store(p_last_use + b_slot, call, mask=m_x & (b_slot < slots))
+    if tl.sum(m_new.to(tl.int32), 0) > 0:
+        tl.debug_barrier()  # other threads are to see that
+        b_use = tl.load(p_last_use + o_s, mask=o_s < slots, other=call)
+        o_least = (tl.sort((b_use + 1) * SLOTS + o_s) % SLOTS).to(tl.int32)  # the first of them are given up
+        o_nth = tl.maximum(tl.cumsum(m_new.to(tl.int32), 0) - 1, 0)
+        b_slot = tl.where(m_new, tl.gather(o_least, o_nth, 0), b_slot)
+        b_gone = tl.load(p_page_of + b_slot, mask=m_new, other=0)
+        tl.store(p_slot_of + b_gone, slots, mask=m_new)  # never a page that is wanted now
+        tl.store(p_slot_of + b_page, b_slot, mask=m_new)
+        tl.store(p_page_of + b_slot, b_page, mask=m_new)
+        tl.store(p_last_use + b_slot, call, mask=m_new)
+    if p_length is not None:
+        m_new |= m_x & (b_page == last)
+    tl.store(p_page + i_h * N + o_x, tl.where(m_new, b_page, pages))
+    tl.store(p_slot + i_h * N + o_x, b_slot)
 
 
 @triton.jit(do_not_specialize=["pages", "slots"])
@@ -757,12 +861,13 @@ def copy_kernel(
 ):
     """Copy pages to slots, of each page KEYS tokens, every STRIDE-th.  Equals hip.Bank.fetch.
 
-    Grid (n, heads); a program owns one page of one head.  p_page, p_slot: (heads, n) int64, p_store: (heads,
-    pages, KEYS * STRIDE, D), p_rows: (heads, slots, KEYS, D); contiguous.  Masks: what is no page, the
-    padding of D.
+    Grid (n, heads, 1 or 2); a program owns one page of one head, of keys or of values.  p_page, p_slot:
+    (heads, n), p_store: (1 or 2, heads, pages, KEYS * STRIDE, D), p_rows: (1 or 2, heads, slots, KEYS, D);
+    contiguous.  Masks: what is no page, the padding of D.
     """
-    i_h, i_x = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    i_h, i_x = tl.program_id(1), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     page, slot = tl.load(p_page + i_x), tl.load(p_slot + i_x)
+    i_h = (tl.program_id(2) * tl.num_programs(1) + i_h).to(tl.int64)
     o_t, o_d = tl.arange(0, KEYS)[:, None], tl.arange(0, triton.next_power_of_2(D))[None, :]
     m = (o_d < D) & (page < pages)
     b_x = tl.load(p_store + ((i_h * pages + page) * KEYS + o_t) * STRIDE * D + o_d, mask=m)
@@ -772,13 +877,32 @@ def copy_kernel(
 class Bank(hip.Bank):
     """hip.Bank; where the device reaches the store, pages come in without the host."""
 
-    def fetch(self, page: Tensor, slot: Tensor) -> None:
-        if not reachable(self.store[0], page.device):
-            return super().fetch(page, slot)
-        sizes = dict(KEYS=self.keys, STRIDE=self.stride, D=self.rows[0].shape[3])
+    def attended(self, selection: Selection, length: Tensor | None, Tk: int, cfg: HiPConfig) -> None:
+        """Brings in all that a query attends to.
+
+        The window has room for cfg.refresh_interval steps; of one that has grown longer the start is missing,
+        which in a bank is NaN.
+        """
+        heads, device = len(self.slot_of), self.slot_of.device
+        blocks, start = selection.blocks.int().contiguous(), selection.window_start
+        count, sink = blocks.numel() // heads, min(cfg.sink_blocks, self.pages)
+        room = max(1, self.slots - count - sink if self.slots < self.pages else self.pages)
+        N, SLOTS = (triton.next_power_of_2(max(16, x)) for x in (count + sink + room, self.slots))
+        page, slot = (torch.empty(heads, N, dtype=torch.int32, device=device) for _ in "ps")
+        tables = self.slot_of, self.page_of, self.last_use, self.call, self.counted, page, slot
+        sizes = Tk, count, room, self.pages, self.slots
+        constants = dict(BLOCK_K=self.keys, LO=sink, N=N, SLOTS=SLOTS, num_warps=8)
         with torch.cuda.device_of(page):
-            for store, rows in zip(self.store, self.rows, strict=True):
-                copy_kernel[page.shape[::-1]](page, slot, store, rows, self.pages, rows.shape[1], **sizes)
+            find_kernel[heads,](blocks, start, length, *tables, *sizes, **constants)
+        self.fetch(page, slot)
+
+    def fetch(self, page: Tensor, slot: Tensor) -> None:
+        if not reachable(self.store, page.device):
+            return super().fetch(page.long(), slot.long())
+        sizes = dict(KEYS=self.keys, STRIDE=self.stride, D=self.rows.shape[4])
+        with torch.cuda.device_of(page):
+            grid = *page.shape[::-1], len(self.rows)
+            copy_kernel[grid](page, slot, self.store, self.rows, self.pages, self.slots + 1, **sizes)
 
 
 class OffloadedKVCache(hip.OffloadedKVCache):
@@ -788,11 +912,7 @@ class OffloadedKVCache(hip.OffloadedKVCache):
 
     def fill(self, layer: int, h: Tensor, rope: Rope | None, q: Tensor, length: Tensor) -> Begun:
         """`fill` of a token into a store that the device reaches; returns what stands for k and for v."""
-        bank, (k, v) = self.banks[layer][1], (Begun(x, length) for x in self.store[layer])
-        fill(h, rope, q, k, v)
-        page = ((length - 1) // self.block).expand(len(bank.slot_of), 1)
-        slot = bank.slot_of.gather(1, page)
-        bank.fetch(page.where(slot < bank.slots, bank.pages), slot)  # where it is near, it has a token more
+        fill(h, rope, q, *(Begun(x, length) for x in self.store[layer]))
         return Begun(replace(self.layer(layer), shape=self.shape[1:]), length)
 
     def filled(self) -> None:

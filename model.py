@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,30 @@ class ModelConfig:
 # --- the network -------------------------------------------------------------------------------------------
 
 
+def norm(weight: Tensor, eps: float, x: Tensor, more: Tensor | None = None) -> Tensor:
+    """The RMS norm of x (..., C), to which `more` is added first, in place."""
+    if more is not None:
+        x += more
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def gated(h: Tensor) -> Tensor:
+    """The middle of a feed-forward part, from gates and values (B, T, 2 * hidden) to (B, T, hidden)."""
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def fill(h: Tensor, rope: hip.Rope | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Heads of h (B, H + 2 * Hkv, T, D) to q, k and v, and rotate queries and keys by rope, unless None."""
+    qk, values = h.split([q.shape[1] + k.shape[1], v.shape[1]], 1)
+    qk = hip.rotate(qk, *rope) if rope else qk
+    for x, y in zip((q, k, v), (*qk.split([q.shape[1], k.shape[1]], 1), values), strict=True):
+        x.copy_(y)
+
+
+OPS = SimpleNamespace(norm=norm, gated=gated, fill=fill)  # which hip_triton has in one launch each
+
+
 class Llama:
     """Llama 2/3, SmolLM2, Mistral, Qwen2 or Qwen3; a `Context` leads a text through its layers.
 
@@ -135,8 +159,8 @@ class Llama:
         weights = self.joint if name + ".weight" in self.joint else self.weights
         return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.norm_eps)
+    def norm(self, name: str, *x: Tensor, norm: Callable[..., Tensor] = norm) -> Tensor:
+        return norm(self.weights[name + ".weight"], self.config.norm_eps, *x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) to hidden states (B, T, C); ValueError for one that the vocabulary does not have."""
@@ -145,25 +169,26 @@ class Llama:
             raise ValueError(f"the model knows tokens from 0 to {last}, not {low if low < 0 else high}")
         return F.embedding(tokens.to(self.device), self.weights["embed_tokens.weight"])
 
-    def project(self, layer: int, x: Tensor) -> Tensor:
-        """Queries, keys and values of hidden states (B, T, C), not rotated: (B, H + 2 * Hkv, T, D)."""
+    def project(self, layer: int, x: Tensor, ops: object) -> Tensor:
+        """Queries, keys and values of hidden states (B, T, C), not rotated: (B, H + 2 * Hkv, T, D).
+
+        ops: `OPS`, or what does the same.
+        """
         c, attn = self.config, f"layers.{layer}.self_attn."
-        h = self.linear(f"layers.{layer}.qkv", self.norm(f"layers.{layer}.input_layernorm", x))
+        h = self.norm(f"layers.{layer}.input_layernorm", x, norm=ops.norm)
+        h = self.linear(f"layers.{layer}.qkv", h)
         h = h.unflatten(2, (-1, c.head_size)).transpose(1, 2)
         if c.family == "qwen3":
             q, k, v = h.split([c.heads, c.kv_heads, c.kv_heads], 1)
             h = torch.cat([self.norm(attn + "q_norm", q), self.norm(attn + "k_norm", k), v], 1)
         return h
 
-    def behind(self, layer: int, x: Tensor, o: Tensor) -> Tensor:
-        """What follows attention: hidden states (B, T, C), from those before the layer and o (B, H, T, D)."""
-        x = x + self.linear(f"layers.{layer}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
-        h = self.norm(f"layers.{layer}.post_attention_layernorm", x)
-        if h.shape[1] == 1:  # fewer calls; of many tokens two results that are each in one piece
-            gate, up = self.linear(f"layers.{layer}.mlp", h).chunk(2, -1)
-        else:
-            gate, up = (self.linear(f"layers.{layer}.mlp.{x}_proj", h) for x in ("gate", "up"))
-        return x + self.linear(f"layers.{layer}.mlp.down_proj", F.silu(gate) * up)
+    def behind(self, layer: int, x: Tensor, o: Tensor, ops: object) -> None:
+        """What follows attention o (B, H, T, D): the layer's sums, added to hidden states x (B, T, C)."""
+        o = self.linear(f"layers.{layer}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
+        h = self.norm(f"layers.{layer}.post_attention_layernorm", x, o, norm=ops.norm)
+        h = ops.gated(self.linear(f"layers.{layer}.mlp", h))
+        x += self.linear(f"layers.{layer}.mlp.down_proj", h)
 
     def rope(self, start: int, end: int) -> hip.Rope:
         """cos and sin of positions start to end - 1: (positions, D / 2) float32 each."""
@@ -229,7 +254,7 @@ class Context:
         if method == "streaming":
             cfg = replace(cfg, dense_layers=0)
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
-        self.fill = getattr(kernels, "fill", fill)
+        self.ops = kernels if hasattr(kernels, "fill") else OPS
         # more than all is no more, but would be allocated
         most = max(2**13, 1 << (capacity - 1).bit_length())
         clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
@@ -260,7 +285,7 @@ class Context:
         # where kernels can read on the device how many tokens there are, a decoding step is the same for any
         # number, so a GPU may record it once, one with a search and one without, and replay it
         self.end, self.graphs = None, {}  # (1,) tokens after the step; by whether it searches
-        if hasattr(kernels, "fill") and method != "streaming":
+        if self.ops is kernels and method != "streaming":
             if (
                 self.cache is None
                 or not cfg.dense_layers
@@ -310,10 +335,11 @@ class Context:
                     q, (k, v) = self.queries(stop - start), (y[:, :, : self.length + stop] for y in past)
                     for a, b in cut(start, stop, unit):
                         to = (y[:, :, -(stop - a) :][:, :, : b - a] for y in (q, k, v))
-                        self.fill(model.project(layer, x[:, a:b]), rope and tuple(y[a:b] for y in rope), *to)
+                        h = model.project(layer, x[:, a:b], self.ops)
+                        self.ops.fill(h, rope and tuple(y[a:b] for y in rope), *to)
                     o = self.attend(layer, q, k, v, unit, tail=start == body)
                     for a, b in cut(start, stop, unit):
-                        x[:, a:b] = model.behind(layer, x[:, a:b], o[:, :, a - start : b - start])
+                        model.behind(layer, x[:, a:b], o[:, :, a - start : b - start], self.ops)
                     q = q[:, :, -MEMORY_QUERIES:]
                     last = q if last is None else torch.cat([last, q], 2)[:, :, -MEMORY_QUERIES:]
                     if progress:
@@ -357,8 +383,8 @@ class Context:
         rope = model.rope(self.length, end) if self.end is None else model.turn(self.end - 1)
         rope = rope if self.clipped is None else None
         for layer in range(model.config.layers):
-            h, q = model.project(layer, x), self.queries(1)
-            x = model.behind(layer, x, self.attend(layer, q, *self.append(layer, h, rope, q)))
+            h, q = model.project(layer, x, self.ops), self.queries(1)
+            model.behind(layer, x, self.attend(layer, q, *self.append(layer, h, rope, q)), self.ops)
         return model.norm("norm", x)
 
     def replay(self, x: Tensor, search: bool) -> Tensor:
@@ -381,14 +407,14 @@ class Context:
             return [self.cache.fill(layer, h, rope, q, self.end)] * 2
         if self.end is not None:
             past = [self.kernels.Begun(x[layer], self.end) for x in (self.k, self.v)]
-            self.fill(h, rope, q, *past)
+            self.ops.fill(h, rope, q, *past)
             return past
         if self.cache is None:
             past = self.room(layer, self.length + 1)
-            self.fill(h, rope, q, *(y[:, :, -1:] for y in past))
+            self.ops.fill(h, rope, q, *(y[:, :, -1:] for y in past))
             return past
         new = h.new_empty(2, len(h), self.model.config.kv_heads, 1, h.shape[3])
-        self.fill(h, rope, q, *new)
+        self.ops.fill(h, rope, q, *new)
         self.cache.append(layer, *new)
         return self.cache.read(layer) if layer < self.cfg.dense_layers else [self.cache.layer(layer)] * 2
 
@@ -500,14 +526,6 @@ class Context:
         """Note attention of T queries to Tk keys in so many layers: dense, or what count_scores asks."""
         self.dense_scores += layers * (T * Tk - T * (T - 1) // 2)
         self.calls.append((layers, T, Tk, how))
-
-
-def fill(h: Tensor, rope: hip.Rope | None, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Heads of h (B, H + 2 * Hkv, T, D) to q, k and v, and rotate queries and keys by rope, unless None."""
-    qk, values = h.split([q.shape[1] + k.shape[1], v.shape[1]], 1)
-    qk = hip.rotate(qk, *rope) if rope else qk
-    for x, y in zip((q, k, v), (*qk.split([q.shape[1], k.shape[1]], 1), values), strict=True):
-        x.copy_(y)
 
 
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -1162,7 +1162,7 @@ def test_hip_triton_refuses_what_it_cannot_run_and_says_what_to_do(kernels):
 
 def test_hip_triton_compiles_for_real_chips_without_spilling(kernels):
     # a sample; `extras/prove.py compile` without more compiles all of them
-    names = ["search", "search-step", "attention", "split", "merge", "copy"]
+    names = ["search", "search-step", "attention", "split", "merge", "norm", "find", "copy"]
     done = apart(
         "extras/prove.py",
         "compile",

@@ -137,7 +137,7 @@ def delete_hip(config: PreTrainedConfig) -> None:
 
 
 def settings(config: PreTrainedConfig) -> HiPConfig:
-    return config.hip or HiPConfig()
+    return config.hip or remembered()
 
 
 @functools.cache
@@ -183,8 +183,10 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
             previous = Selection(*kept) if kept and cfg.memory else None
             kept = lib.select_blocks(q[:, :, a:b], k, own, previous, scale=scale)
         out.append(lib.sparse_attention(q[:, :, a:b], k, v, Selection(*kept), own, scale=scale))
-    last = (q[:, :, -MEMORY_QUERIES:].clone(),) if cfg.memory else ()
-    return torch.cat(out, 2), (kept, steps + 1) if row else (last, 0)
+    o = out[0] if len(out) == 1 else torch.cat(out, 2)
+    if row:
+        return o, (kept, steps + 1)
+    return o, ((q[:, :, -MEMORY_QUERIES:].clone(),) if cfg.memory else (), 0)
 
 
 def covered(start: int, cfg: HiPConfig) -> int:
@@ -243,15 +245,20 @@ def attention(
     rows = list(memory[1]) if good else [NOTHING] * len(query)
     prompt, dense = Tq > 1 or T == 1, module.layer_idx < cfg.dense_layers
     cache, (key, value) = key, key.begin(query, attention_mask, cfg, good) if stored else (key, value)
-    out = torch.zeros_like(query)  # zeros come out for padding
+    # zeros come out for padding
+    out = torch.empty_like(query) if attention_mask is None else torch.zeros_like(query)
     for members, n, new in groups(rows, attention_mask, T, Tq, alone=stored):
         at = slice(members[0], members[-1] + 1) if members[-1] - members[0] < len(members) else members
         q = query[at][:, :, new]
         past = [x[at][:, :, new if stored else n] for x in (key, value)]
         past = cache.add(members[0], *past, prompt or dense) if stored else past
         kept, steps = zip(*(rows[b] for b in members), strict=True)
-        kept = (torch.cat([x[0] for x in kept]), *kept[0][1:]) if kept[0] else ()
-        out[at, :, new], row = read(None if prompt else (kept, steps[0]), q, past, cfg, scaling, dense)
+        kept = (torch.cat([x[0] for x in kept]), *kept[0][1:]) if kept[0] and len(kept) > 1 else kept[0]
+        o, row = read(None if prompt else (kept, steps[0]), q, past, cfg, scaling, dense)
+        if o.shape == query.shape:
+            out = o
+        else:
+            out[at, :, new] = o
         row = (begun(row[0], past[0], cfg, scaling), 0) if stored and prompt and not dense else row
         for i, b in enumerate(members):
             rows[b] = row[0] and (row[0][0][i : i + 1], *row[0][1:]), row[1]
@@ -578,7 +585,7 @@ def refuse(module: nn.Module, query: Tensor, attention_mask: Tensor | None, cfg:
     own_mask, packed = attention_mask is not None and attention_mask.ndim != 2, False
     few = query.shape[2] <= cfg.dense_tail and not kwargs.get("stored")  # they are dense in any case
     position = kwargs.get("position_ids")
-    if position is not None and position.ndim == 2 and not own_mask:
+    if position is not None and position.ndim == 2 and position.shape[1] > 1 and not own_mask:
         real = torch.ones_like(position) if attention_mask is None else attention_mask[:, -query.shape[2] :]
         packed = ((position.diff() < 1) & real[:, 1:] & real[:, :-1]).any()
     for cause, here in {

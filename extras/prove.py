@@ -46,7 +46,8 @@ TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 KERNELS = (  # -rope: positions are clipped, or turned by fill; -step: of a single query, from a cache
     # that is `Begun`; -bank: from an offloaded cache
     "search", "search-rope", "search-step", "search-step-rope", "attention", "attention-rope",
-    "split", "split-rope", "split-bank", "split-step", "merge", "copy", "fill", "fill-rope", "fill-step-rope",
+    "split", "split-rope", "split-bank", "split-step", "merge", "norm", "gated", "fill", "fill-rope",
+    "fill-step-rope", "find", "find-step", "copy",
 )  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 MATRIX = re.compile(r"(?<![.\w])(HMMA|HGMMA|UTC\w*MMA)\b|\b(v_mfma)_")
@@ -89,6 +90,9 @@ def source(
         "attention": lambda: hip_triton.attention_constants(*group, M),
         "split": lambda: hip_triton.split_constants(*group, M, 1),
         "merge": lambda: dict(D=D, PARTS=11),
+        "norm": lambda: dict(C=H * D),
+        "gated": lambda: dict(SIZE=1024),
+        "find": lambda: dict(BLOCK_K=cfg.block_k, LO=cfg.sink_blocks, N=256, SLOTS=256, num_warps=8),
         "copy": lambda: dict(KEYS=cfg.block_k, STRIDE=1, D=D),
         "fill": lambda: dict(H=H, HKV=Hkv, D=D, ROWS=32),
     }[kernel]()
@@ -97,11 +101,13 @@ def source(
     constants = {name: x for name, x in constants.items() if name not in OPTIONS}
     if "OFFSET" in fn.arg_names:
         constants["OFFSET"] = tl.int32
-    typed = dict.fromkeys(("p_start", "p_page", "p_slot"), "*i64")
-    typed |= dict.fromkeys(("p_blocks", "p_previous"), "*i32")
-    typed |= dict.fromkeys(("p_part", "p_stat"), "*fp32") | dict(scale="fp32")
+    tables = ("p_slot_of", "p_page_of", "p_last_use", "p_call", "p_counted")
+    typed = dict.fromkeys(("p_start", *tables), "*i64")
+    typed |= dict.fromkeys(("p_blocks", "p_previous", "p_page", "p_slot"), "*i32")
+    typed |= dict.fromkeys(("p_part", "p_stat"), "*fp32") | dict(scale="fp32", eps="fp32")
     # strides: of those the last is a constant 1
     typed |= dict.fromkeys(("s_h", "s_q", "s_k", "s_v", "s_o"), ("i32", "i32", "i32", "constexpr"))
+    typed |= dict.fromkeys(("s_x", "s_more", "s_n"), ("i32", "i32", "constexpr"))
     typed |= {"table": ("*fp32", "*fp32")} if "rope" in kinds else {}
     typed |= {"paged": ("*i64", "i32")} if "bank" in kinds else {}
     typed |= {"p_length": "*i64"} if "step" in kinds else {}
@@ -302,6 +308,8 @@ def memory_case(options: argparse.Namespace) -> None:
         h = torch.randn(2, Tq, H + 2 * Hkv, D).to("cuda", dtype).transpose(1, 2)
         turn = torch.rand(2, Tq, D // 2, device="cuda").unbind()
         kernels.fill(h, turn, q, k[:, :, -Tq:], v[:, :, -Tq:])
+        x = torch.randn(2, Tq + 5, H * D, device="cuda", dtype=dtype)[:, :Tq]
+        kernels.gated(kernels.norm(torch.ones(H * D, device="cuda", dtype=dtype), 1e-6, x, x.contiguous()))
         if Tq == 1:
             length = torch.tensor([T], device="cuda")
             kernels.fill(h, None, q, *(begun := [kernels.Begun(x, length) for x in (k, v)]))

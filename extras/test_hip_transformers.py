@@ -149,14 +149,13 @@ class OneLayer:
         self.dtype, self.device, self.heads = q.dtype, q.device, [H, Hkv, Hkv]
 
     def embed(self, x):
-        return x
+        return x.clone()
 
-    def project(self, layer, x):
+    def project(self, layer, x, ops):
         return x.unflatten(2, (sum(self.heads), -1)).transpose(1, 2)
 
-    def behind(self, layer, x, o):
-        o = o.transpose(1, 2).flatten(2)
-        return torch.nn.functional.pad(o, (0, x.shape[2] - o.shape[2]))
+    def behind(self, layer, x, o, ops):
+        x[..., : o.shape[1] * o.shape[3]] = o.transpose(1, 2).flatten(2)
 
     def norm(self, name, x):
         return x.unflatten(2, (sum(self.heads), -1)).transpose(1, 2)[:, : self.heads[0]]
