@@ -682,6 +682,7 @@ def norm_kernel(p_x, p_more, p_weight, p_o, s_x, s_more, s_n, eps, C: tl.constex
 
 def norm(weight: Tensor, eps: float, x: Tensor, more: Tensor | None = None) -> Tensor:
     """model.norm of x (B, T, C), and of x + more, in one launch."""
+    check_runs(x, "x")
     (B, T, C), o = x.shape, torch.empty_like(x)
     strides = x.stride(), (x if more is None else more).stride(), o.stride()
     with torch.cuda.device_of(x):
@@ -1000,14 +1001,19 @@ def check_device(q: Tensor, selection: Selection | tuple = (), name: str = "") -
     """ValueError, with what to do, where the kernels cannot run: head size, device, dtype."""
     if q.shape[3] not in HEAD_SIZES:
         raise ValueError(f"q must have a head size D of {HEAD_SIZES}, not {q.shape[3]}; hip.py takes any")
-    if triton.knobs.runtime.interpret:
-        if q.dtype == torch.bfloat16:
-            raise ValueError("q must be float32 or float16: Triton's interpreter is wrong in bfloat16")
-    elif not q.is_cuda:
-        raise ValueError(f"q must be on a GPU, not {q.device}; use hip.py, or set TRITON_INTERPRET=1 first")
+    check_runs(q, "q")
     for part in selection:
         if part.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, not on {part.device}")
+
+
+def check_runs(x: Tensor, name: str) -> None:
+    if triton.knobs.runtime.interpret:
+        if x.dtype == torch.bfloat16:
+            raise ValueError(f"{name} must be float32 or float16: Triton's interpreter is wrong in bfloat16")
+    elif not x.is_cuda:
+        where = f"not {x.device}; use hip.py, or set TRITON_INTERPRET=1 first"
+        raise ValueError(f"{name} must be on a GPU, {where}")
 
 
 def check_length(q: Tensor, length: Tensor | None) -> None:

@@ -749,6 +749,7 @@ class Products(TorchFunctionMode):
         return function(*arguments, **named or {})
 
 
+@settings(max_examples=160)
 @given(cases(), KINDS)
 def test_the_products_that_are_counted_are_those_that_are_computed(case, kind):
     selection, heads = some_selection(Run("hip"), case, kind), case.B * case.H
@@ -1050,6 +1051,25 @@ def test_how_many_tokens_a_cache_has_may_be_known_on_the_device_alone(kernels, c
     for wrong in (length.int(), length.repeat(2)):
         with pytest.raises(ValueError, match="length must be"):
             kernels.select_blocks(q, kernels.Begun(caches[0], wrong), cfg, rope=rope)
+
+
+@pytest.mark.parametrize("C", [1, 80, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_and_gates_of_a_model_are_those_of_the_reference(kernels, C, dtype):
+    g = torch.Generator().manual_seed(C)
+    whole, more, weight = (
+        torch.randn(n, generator=g).to(DEVICE, dtype) for n in ((2, 5, 2 * C), (2, 3, 2 * C), 2 * C)
+    )
+
+    def results(module, kind):
+        x, y, w = (x.to(kind, copy=True) for x in (whole[:, 1:4], more, weight))
+        x = torch.cat([x.new_full((2, 1, 2 * C), math.nan), x], 1)[:, 1:]  # not in one piece
+        return module.norm(w, 1e-3, x), module.norm(w, 1e-3, x, y), x, module.gated(x)
+
+    exact, plain, found = results(model, torch.float32), results(model, dtype), results(kernels, dtype)
+    for x, y, z in zip(found, plain, exact, strict=True):
+        assert x.dtype == dtype and (x - z).abs().max() <= 2 * (y - z).abs().max() + 1e-5 * z.abs().max()
+    assert torch.equal(found[2], plain[2])
 
 
 @pytest.mark.parametrize(
