@@ -136,7 +136,7 @@ def arguments() -> argparse.ArgumentParser:
         "window": "latest tokens, always attended to",
         "dense_layers": "first layers that attend densely",
         "refresh_interval": "decoding steps that share one selection",
-        "decode_factor": "how many times as many keys decoding chooses, of as many times more",
+        "early_factor": "by how much more the first half of the layers choose",
         "dense_tail": "last tokens of the prompt that attend densely",
     }.items():
         add(
@@ -167,7 +167,12 @@ def arguments() -> argparse.ArgumentParser:
         help="positions tell query and key apart up to N tokens (half of what the model was trained to read, "
         "where prompt and answer are longer than that; else off)",
     )
-    add("--no-memory", action="store_false", dest="memory", help="forget what the end of the prompt chose")
+    add(
+        "--no-memory",
+        action="store_false",
+        dest="memory",
+        help="decoding searches afresh, by one query alone",
+    )
     return parser
 
 

@@ -55,10 +55,10 @@ class HiPConfig:
     """All numbers of the method; sizes in tokens unless said otherwise.  ValueError if one cannot work.
 
     Differs from the paper, whose setting is `HiPConfig(top_k=512, block_k=2, stride_k=1, score="max",
-    per_head=True, dense_layers=3, decode_factor=1, dense_tail=0, memory=False)`.
+    per_head=True, dense_layers=3, early_factor=1, dense_tail=0, memory=False)`.
     """
 
-    top_k: int = 2048  # k: keys that the search may choose for a query block
+    top_k: int = 1024  # k: keys that the search may choose for a query block
     block_q: int = 64  # b_q: consecutive queries that share one selection
     block_k: int = 32  # b_k: keys in a block, the unit that is chosen
     stride_q: int = 2  # b_sq: every stride_q-th query of a block takes part in the search
@@ -71,10 +71,10 @@ class HiPConfig:
     rope_clip: int | None = None  # distance from which on keys are equally far (`rotated`); None: none is
     # of the model:
     dense_layers: int = 0  # l_d: first layers, which attend densely
+    early_factor: int = 4  # by how much more layers of the first half may choose (`of_layer`)
     refresh_interval: int = 8  # r_m: decoding steps that share one selection
-    decode_factor: int = 2  # by how much more decoding chooses, and of how many more keys (`decoding`)
     dense_tail: int = 64  # last queries of a prompt that attend densely
-    memory: bool = True  # decoding begins with the best blocks of a prompt's end, and refreshes remember
+    memory: bool = True  # decoding remembers earlier queries (`decoding`), and blocks that were chosen
     beam: InitVar[None] = None  # of version 1
 
     def __post_init__(self, beam: None):
@@ -93,7 +93,7 @@ class HiPConfig:
                 check(f.name, whole or x is None, "None or " + wanted)
             if f.type == "bool":
                 check(f.name, type(x) is bool, "True or False")
-        for name in ("top_k", "block_q", "block_k", "decode_factor"):
+        for name in ("top_k", "block_q", "block_k", "early_factor"):
             check(name, getattr(self, name).bit_count() == 1, "a power of two")
         check("top_k", self.top_k % self.block_k == 0, f"a multiple of block_k={self.block_k}")
         check("stride_q", self.block_q % self.stride_q == 0, f"a divisor of block_q={self.block_q}")
@@ -109,11 +109,19 @@ class HiPConfig:
     def sink_blocks(self) -> int:  # lo, where every domain begins
         return -(-self.sink // self.block_k)
 
+    def of_layer(self, layer: int, layers: int) -> HiPConfig:
+        """Of a layer of a model: what early layers do not see is lost to all that follow."""
+        more = self.early_factor if 2 * layer < layers else 1
+        return replace(self, top_k=self.top_k * more, early_factor=1)
+
     @property
     def decoding(self) -> HiPConfig:
-        """For decoding, where keys cost little beside weights: decode_factor as many chosen and searched."""
-        x, stride = self.decode_factor, max(1, self.stride_k // self.decode_factor)
-        return replace(self, top_k=self.top_k * x, stride_k=stride, decode_factor=1)
+        """For decoding: the latest queries search together, as many as then share the selection.
+
+        So a query block is of time, not of one step, and what was wanted lately stays in sight.
+        """
+        rows = min(self.block_q, self.refresh_interval) if self.memory else 1
+        return replace(self, block_q=1 << rows.bit_length() - 1, stride_q=1)  # a power of two
 
     @property
     def covered(self) -> int:
@@ -451,20 +459,29 @@ def no_blocks(q: Tensor, keys: torch.Size, cfg: HiPConfig) -> Selection:
     return Selection(none, hi * cfg.block_k)
 
 
-def count_scores(Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched=True, previous=0) -> int:
+def count_scores(
+    Tq: int, Tk: int, selection: Selection, cfg: HiPConfig, searched: bool | int = True, previous: int = 0
+) -> int:
     """Products q . k of a query head in this call, those that are masked too; dense attention has Tq * Tk.
 
-    searched: with the search, and with so many blocks of a `previous` selection for each query block.
+    searched: with the search, of these queries or of so many latest ones; and with so many blocks of a
+    `previous` selection for each query block.
     """
-    (blocks, start), (lo, hi), bk = (x.cpu() for x in selection), domain(Tq, Tk, cfg), cfg.block_k
-    q, k = (torch.zeros(*x, 1, device="cpu") for x in ((*blocks.shape[:2], 1, Tq), (1, 1, Tk)))
-    keys, total = Rows((k,), bk, None), 0  # these show how query blocks are cut, and no more
-    for i, x in query_blocks(q, keys, start // bk, cfg, None):
+    (blocks, start), bk, total = (x.cpu() for x in selection), cfg.block_k, 0
+    keys = Rows((torch.zeros(1, 1, Tk, 1, device="cpu"),), bk, None)
+
+    def cut(T: int, hi: Tensor, stride: int = 1):  # how query blocks are cut, and no more
+        q = torch.zeros(*blocks.shape[:2], 1, T, 1, device="cpu")
+        return query_blocks(q, keys, hi, cfg, None, stride)
+
+    for i, x in cut(Tq, start // bk):
         chosen = int((blocks[:, :, i] >= 0).flatten(0, 2).any(0).sum())
         total += len(x.first) * len(x.row) * bk * (chosen + sink_and_window(x, cfg).shape[3])
-    for _, x in query_blocks(q, keys, hi, cfg, None, cfg.stride_q):
+    T = Tq if searched is True else min(searched, Tk)
+    lo, hi = domain(T, Tk, cfg)
+    for _, x in cut(T, hi, cfg.stride_q) if T else ():
         n = int(x.hi.max()) - lo
-        if searched and n > 0:
+        if n > 0:
             rounds = cfg.rounds(n)
             known = rounds > 1 and cfg.representative == "center"  # one half of the last round's scores
             scored = ((2 * rounds - known) * cfg.budget + previous) * bk // cfg.stride_k
@@ -540,7 +557,8 @@ def check_call(q: Tensor, kv: tuple, cfg: HiPConfig, scale: float | None, rope: 
     if not isinstance(kv[0], Pages):
         return
     block, stride = kv[0].banks[1].keys, kv[0].banks[0].stride
-    if (q.shape[2], cfg.block_k, cfg.stride_k) != (1, block, stride):
+    one = q.shape[2] == 1 or q.shape[2] == cfg.block_q and len(kv) == 1  # a query block can search
+    if not one or (cfg.block_k, cfg.stride_k) != (block, stride):
         wanted = f"single queries with key blocks of {block} and stride_k {stride}"
         got = f"{q.shape[2]} queries, blocks of {cfg.block_k} and stride_k {cfg.stride_k}"
         raise ValueError(f"an offloaded cache is for {wanted}, not for {got}")
@@ -653,7 +671,7 @@ class OffloadedKVCache:
     """Keys and values of all layers in a store, and on the device only what decoding uses.  (Paper section 4)
 
     shape: (layers, B, Hkv, tokens, D) that it can hold, for H query heads; of `dtype`, used on `device`.
-    cfg: of the queries that it serves, in a model its `decoding`.
+    cfg: of the queries that it serves, in a model its first layer's `decoding`.
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's for
     temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key head on the device.  None, as in the paper: for attention
@@ -670,7 +688,9 @@ class OffloadedKVCache:
         (layers, B, Hkv, tokens, D), block, keys = shape, cfg.block_k, cfg.block_k // cfg.stride_k
         self.shape, self.block, self.length, self.mapping, self.moved = shape, block, [0] * layers, None, 0
         pages, group = -(-tokens // block), H // Hkv if cfg.per_head else 1
-        window = -(-(cfg.window + cfg.refresh_interval) // block) + 2  # it grows until the next search
+        # it begins before the first query of a block that searches, and grows until the next search
+        rows = cfg.refresh_interval + min(cfg.refresh_interval, cfg.block_q)
+        window = -(-(cfg.window + rows) // block) + 2
         attended = min(pages, group * (cfg.sink_blocks + cfg.budget + window))
         round = group * 2 * cfg.budget  # pages that one round of a search looks at
         least, most = (attended * block + min(pages, x) * keys for x in (round, round * cfg.rounds(pages)))

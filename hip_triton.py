@@ -54,7 +54,7 @@ PAIRS = tl.constexpr(8192)  # comparisons that `before` and `best` have in regis
 
 
 class Begun(NamedTuple):
-    """The first tokens of a cache, in place of k or of v for a single query: how many, is read on the device.
+    """The first tokens of a cache, in place of k or of v in decoding: how many, is read on the device.
 
     So a decoding step is the same for any number, and can be recorded as a CUDA graph.
     """
@@ -348,7 +348,7 @@ def select_blocks(
     k, length = without_length(k)
     hip.check_call(q, (k,), cfg, scale, rope)
     check_device(q, previous or (), "previous")
-    check_length(q, length)
+    check_length(q, length, cfg.block_q)
     (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
     S, NQ = H if cfg.per_head else Hkv, -(-Tq // cfg.block_q)
     group = cfg, H // S, S // Hkv, D, q.dtype
@@ -617,7 +617,7 @@ def sparse_attention(
     k, v, length = without_length(k, v)
     hip.check_call(q, (k, v), cfg, scale, rope)
     check_device(q, selection, "selection")
-    check_length(q, length)
+    check_length(q, length, 1)
     (B, H, Tq, D), Hkv, Tk, NQ = q.shape, *k.shape[1:3], -(-q.shape[2] // cfg.block_q)
     hip.check_selection(selection, "selection", B, (Hkv, H), NQ)
     paged = None
@@ -1016,9 +1016,11 @@ def check_runs(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be on a GPU, {where}")
 
 
-def check_length(q: Tensor, length: Tensor | None) -> None:
+def check_length(q: Tensor, length: Tensor | None, most: int) -> None:
     if length is None:
         return
-    if q.shape[2] != 1 or length.shape != (1,) or (length.dtype, length.device) != (torch.int64, q.device):
+    if q.shape[2] > most or length.shape != (1,) or (length.dtype, length.device) != (torch.int64, q.device):
         got = f"{tuple(length.shape)} {length.dtype} on {length.device} for {q.shape[2]}"
-        raise ValueError(f"length must be (1,) torch.int64 on {q.device} for a single query, not {got}")
+        raise ValueError(
+            f"length must be (1,) torch.int64 on {q.device} for {most} queries or fewer, not {got}"
+        )

@@ -256,11 +256,9 @@ class Context:
         self.model, self.method, self.kernels, c = model, method, kernels, model.config
         self.ops = kernels if hasattr(kernels, "fill") else OPS
         # more than all is no more, but would be allocated
-        most = max(2**13, 1 << (capacity - 1).bit_length())
+        most = self.most = max(2**13, 1 << (capacity - 1).bit_length())
         clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
-        cfg = replace(cfg, rope_clip=clip, dense_tail=tail)
-        both = (replace(x, top_k=min(x.top_k, max(most, x.block_k))) for x in (cfg, cfg.decoding))
-        self.cfg, self.decoding = both
+        self.configure(replace(cfg, rope_clip=clip, dense_tail=tail))
         self.capacity, self.length = capacity, 0  # tokens, and those that were read
         self.whole = True  # no call was cut short
         self.shape = shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
@@ -269,17 +267,16 @@ class Context:
             if offload is None:
                 self.k, self.v = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in "kv")
             else:
-                how = c.heads, self.decoding, model.dtype, model.device
+                how = c.heads, self.decodings[0], model.dtype, model.device
                 self.cache = kernels.OffloadedKVCache(shape, *how, **offload)
         except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes beyond 64 bits
             size = 2 * math.prod(shape) * model.dtype.itemsize / 1e9
             raise ValueError(f"a cache of {capacity} tokens needs {size:.1f} GB: too much") from error
-        if method == "streaming":
-            self.cfg, self.decoding = (
-                replace(x, window=x.window + x.top_k) for x in (self.cfg, self.decoding)
-            )
-        rows = (cfg.rope_clip or 0) + max(cfg.block_q, cfg.dense_tail)
-        self.clipped = model.rope(0, rows) if cfg.rope_clip else None  # the rotary table
+        # queries of decoding, in order whenever a search is due
+        self.recent = self.queries(c.layers * self.decodings[0].block_q).zero_().unflatten(2, (c.layers, -1))
+        self.place = torch.zeros(1, dtype=torch.int64, device=model.device)  # of the step's query there
+        rows = (clip or 0) + max(cfg.block_q, tail)
+        self.clipped = model.rope(0, rows) if clip else None  # the rotary table
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
         # where kernels can read on the device how many tokens there are, a decoding step is the same for any
@@ -293,8 +290,21 @@ class Context:
             ):
                 self.end = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.calls: list[tuple] = []  # of attention, still to be counted: layers, Tq, Tk, how
-        self.counting, self.counted = None, 0  # a selection of decoding, for that; what was counted
+        self.counting: dict[int, Selection] = {}  # of decoding, for that, of layers of `alike`
+        self.counted = 0
         self.dense_scores = 0  # products q . k per head that dense attention would compute
+
+    def configure(self, cfg: HiPConfig) -> None:
+        """Settings of each layer, for prompts and for decoding."""
+        n = self.model.config.layers
+        cfgs = [cfg.of_layer(i, n) for i in range(n)]
+        cfgs = [replace(x, top_k=min(x.top_k, max(self.most, x.block_k))) for x in cfgs]
+        if self.method == "streaming":
+            cfgs = [replace(x, window=x.window + x.top_k) for x in cfgs]
+        self.cfg, self.cfgs, self.decodings = cfg, cfgs, [x.decoding for x in cfgs]
+        # layers by HiP with which other settings begin, and how many have these
+        begin = [i for i in range(cfg.dense_layers, n) if i == cfg.dense_layers or cfgs[i] != cfgs[i - 1]]
+        self.alike = {i: cfgs[i:].count(cfgs[i]) for i in begin}
 
     @property
     def scores(self) -> int:
@@ -317,6 +327,7 @@ class Context:
         Differs from the paper: the dense tail, by which the question at the end finds its needle.
         """
         cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
+        rows = self.recent.shape[3]
         oracle = getattr(self.kernels, "oracle_blocks", hip.oracle_blocks)
         if chunk < 1 or chunk % cfg.block_q:
             raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
@@ -340,14 +351,20 @@ class Context:
                     o = self.attend(layer, q, k, v, unit, tail=start == body)
                     for a, b in cut(start, stop, unit):
                         model.behind(layer, x[:, a:b], o[:, :, a - start : b - start], self.ops)
-                    q = q[:, :, -MEMORY_QUERIES:]
-                    last = q if last is None else torch.cat([last, q], 2)[:, :, -MEMORY_QUERIES:]
+                    last = q if last is None else torch.cat([last, q], 2)
+                    last = last[:, :, -max(MEMORY_QUERIES, rows - 1) :]
                     if progress:
                         progress(layer, stop)
                 if self.cache:
                     self.cache.append(layer, *(y[:, :, self.length :] for y in past))
                 if self.method == "hip" and cfg.memory:
-                    self.selection[layer] = first_memory(last, past[0], cfg, rope=self.clipped, oracle=oracle)
+                    # the first one stands for those that are not there
+                    self.recent[:, :, layer, : rows - 1] = last[:, :, :1]
+                    n = min(rows - 1, last.shape[2])
+                    self.recent[:, :, layer, rows - 1 - n : rows - 1] = last[:, :, last.shape[2] - n :]
+                    how = dict(rope=self.clipped, oracle=oracle)
+                    last = last[:, :, -MEMORY_QUERIES:]
+                    self.selection[layer] = first_memory(last, past[0], self.cfgs[layer], **how)
             self.steps, self.graphs = 0, {}
             return model.norm("norm", x)
 
@@ -357,8 +374,10 @@ class Context:
         if tokens.shape[1] != 1:
             raise ValueError(f"decoding reads one token at a time, not {tokens.shape[1]}")
         with self.reading(tokens) as x:
-            cfg, last = self.decoding, self.selection[-1]
-            search = self.method == "hip" and self.steps % cfg.refresh_interval == 0
+            cfg, rows, r_m = self.cfg, self.recent.shape[3], self.cfg.refresh_interval
+            search = self.method == "hip" and self.steps % r_m == 0
+            before = {i: self.selection[i] for i in self.alike}
+            self.place.fill_(max(0, (self.steps - 1) % r_m - (r_m - rows)))
             if self.end is None:
                 x = self.step(x)
             else:
@@ -368,13 +387,13 @@ class Context:
                     self.cache.filled()
             self.steps += 1
             layers, Tk = self.model.config.layers, self.length + 1
-            dense = layers if self.method == "dense" else min(layers, cfg.dense_layers)
-            self.count(dense, 1, Tk)
-            if dense < layers:
+            self.count(layers if self.method == "dense" else min(layers, cfg.dense_layers), 1, Tk)
+            for i, n in self.alike.items() if self.method != "dense" else ():
                 if search or self.method == "streaming":
-                    self.counting = Selection(*(y.to("cpu", copy=True) for y in self.selection[-1]))
-                previous = last.blocks.shape[3] if search and cfg.memory and last else 0
-                self.count(layers - dense, 1, Tk, (self.counting, cfg, search, previous))
+                    self.counting[i] = Selection(*(y.to("cpu", copy=True) for y in self.selection[i]))
+                width = before[i].blocks.shape[3] if cfg.memory and before[i] else 0
+                searched = (rows if Tk >= rows else 1) if search else 0
+                self.count(n, 1, Tk, (self.counting[i], self.decodings[i], searched, width))
             return x
 
     def step(self, x: Tensor) -> Tensor:
@@ -462,33 +481,40 @@ class Context:
 
         unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
         """
-        cfg, T = self.cfg if unit else self.decoding, q.shape[2]
+        cfg, T = (self.cfgs if unit else self.decodings)[layer], q.shape[2]
         if self.method == "dense" or layer < cfg.dense_layers or tail:
             if unit:
                 self.count(1, T, k.shape[2])
             return self.attend_densely(q, k, v, T if self.method == "dense" else unit or 1, tail)
-        if unit and (n := self.covered(T, k.shape[2], unit)):
+        if unit and (n := self.covered(cfg, T, k.shape[2], unit)):
             first = [q[:, :, :n], *(x[:, :, : x.shape[2] - T + n] for x in (k, v))]
             self.count(1, n, first[1].shape[2])
             o = self.attend_densely(*first, unit, False)
             return o if n == T else torch.cat([o, self.attend(layer, q[:, :, n:], k, v, unit)], 2)
         if self.method == "streaming":
             selection = hip.no_blocks(q, k.shape, cfg)
-        elif unit or self.steps % cfg.refresh_interval == 0:
-            previous = self.selection[layer] if unit == 0 and cfg.memory else None
-            selection = self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
+        elif unit:
+            selection = self.kernels.select_blocks(q, k, cfg, rope=self.clipped)
         else:
-            selection = self.selection[layer]
+            selection = self.search(layer, q, k, cfg)
         if unit == 0:
             self.keep(layer, selection)
-        elif layer == cfg.dense_layers:  # by HiP all layers have as many
-            how = selection, cfg, self.method == "hip"
-            self.count(self.model.config.layers - layer, T, k.shape[2], how)
+        elif layer in self.alike:
+            self.count(self.alike[layer], T, k.shape[2], (selection, cfg, self.method == "hip"))
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
 
-    def covered(self, T: int, Tk: int, unit: int) -> int:
+    def search(self, layer: int, q: Tensor, k: Tensor | hip.Pages, cfg: HiPConfig) -> Selection:
+        """What a step's query (B, H, 1, D) attends to: at every refresh_interval-th step chosen anew."""
+        recent = self.recent[:, :, layer].index_copy_(2, self.place, q)
+        if self.steps % cfg.refresh_interval:
+            return self.selection[layer]
+        q = recent if self.length + 1 >= recent.shape[2] else q
+        previous = self.selection[layer] if cfg.memory else None
+        return self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
+
+    def covered(self, cfg: HiPConfig, T: int, Tk: int, unit: int) -> int:
         """How many of T queries, in whole units, may choose all that they do not see anyway: are dense."""
-        n = self.cfg.covered - (Tk - T)
+        n = cfg.covered - (Tk - T)
         if self.clipped is not None or self.method != "hip":
             return 0
         return T if n >= T else max(0, n) // unit * unit

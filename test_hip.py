@@ -379,9 +379,32 @@ def test_a_configuration_of_version_1_is_told_what_replaces_its_beam():
         HiPConfig(beam=2)
 
 
-def test_decoding_chooses_more_blocks_by_more_of_their_keys():
-    cfg = HiPConfig(top_k=64, block_k=16, stride_k=4, window=7, decode_factor=8)
-    assert cfg.decoding == replace(cfg, top_k=512, stride_k=1, decode_factor=1) == cfg.decoding.decoding
+@pytest.mark.parametrize("steps, rows", [(1, 1), (3, 2), (8, 8), (100, 16)])
+def test_as_many_queries_search_in_decoding_as_then_share_a_selection(steps, rows):
+    cfg = HiPConfig(block_q=16, stride_q=4, refresh_interval=steps)
+    assert cfg.decoding == replace(cfg, block_q=rows, stride_q=1) == cfg.decoding.decoding
+    alone = replace(cfg, memory=False)
+    assert alone.decoding == replace(alone, block_q=1, stride_q=1)
+
+
+def test_early_layers_choose_more():
+    cfg = HiPConfig(top_k=64, early_factor=8)
+    chosen = [[cfg.of_layer(i, n).top_k for i in range(n)] for n in (1, 2, 5)]
+    assert chosen == [[512], [512, 64], [512, 512, 512, 64, 64]]
+    assert cfg.of_layer(0, 2) == replace(cfg, top_k=512, early_factor=1) == cfg.of_layer(0, 2).of_layer(0, 2)
+
+
+@given(cases(old="wild"))
+def test_how_many_query_blocks_are_worked_on_at_a_time_changes_nothing(case):
+    wanted, pieces = Run("hip").select(case, previous=case.previous), (hip.GATHERED, hip.PIECE)
+    o = Run("hip").attend(case, wanted)
+    try:
+        hip.GATHERED = hip.PIECE = 1
+        found = Run("hip").select(case, previous=case.previous)
+        assert torch.equal(found.blocks, wanted.blocks)
+        torch.testing.assert_close(Run("hip").attend(case, found), o, atol=1e-3, rtol=1e-2)
+    finally:
+        hip.GATHERED, hip.PIECE = pieces
 
 
 def test_inputs_that_do_not_fit_are_refused_by_name(run):

@@ -93,15 +93,15 @@ def from_memory(kernels: ModuleType, q, k, cfg, previous=None, *, rope=None) -> 
     if previous is None:
         return kernels.select_blocks(q, k, cfg, rope=rope)
     keys, blocks = hip.source(q, (k,), cfg, None, rope), previous.blocks
-    hi = hip.domain(1, k.shape[2], cfg, q.device)[1]
-    groups = q.unflatten(1, (blocks.shape[1], -1))  # (B, S, H / S, 1, D)
+    hi = hip.domain(q.shape[2], k.shape[2], cfg, q.device)[1]
+    groups = q.unflatten(1, (blocks.shape[1], -1))  # (B, S, H / S, rows, D)
     ((_, x),) = hip.query_blocks(groups, keys, hi, cfg, None)
     old, seen = blocks.long().where(blocks >= 0, hip.NO_BLOCK), hip.seen_anyway(x, keys, cfg)
     scores = hip.score_blocks(x, keys.thin(cfg.stride_k, copy=False), seen, cfg, old)
     return Selection(hip.best_of(old, scores, cfg.budget).int(), hi * cfg.block_k)
 
 
-PAPER = dict(top_k=512, score="max", per_head=True, decode_factor=1, dense_tail=0, memory=False)
+PAPER = dict(top_k=512, score="max", per_head=True, early_factor=1, dense_tail=0, memory=False)
 METHODS = {  # a new method is a line here
     "dense": Method("dense"),
     "hip": Method(),
@@ -123,10 +123,10 @@ SWEEP = dict(
     top_k=(512, 1024, 4096), block_q=(16, 32, 128), block_k=(8, 16), stride_q=(1, 4, 8), stride_k=(1, 2, 8)
 )
 SWEEP |= dict(score=("max",), per_head=(True,), representative=("first", "last"))
-SWEEP |= dict(refresh_interval=(1, 4, 16), decode_factor=(1, 4), dense_tail=(0, 16))
+SWEEP |= dict(refresh_interval=(1, 4, 16), early_factor=(1, 2), dense_tail=(0, 16))
 IDLE = {  # where a field shows nothing: a refresh in a prompt, a dense tail there or in one query block
-    "perplexity": ("refresh_interval", "decode_factor", "dense_tail"),
-    "coverage": ("refresh_interval", "decode_factor", "dense_tail", "block_q"),
+    "perplexity": ("refresh_interval", "dense_tail"),
+    "coverage": ("refresh_interval", "dense_tail", "block_q"),
 }
 
 
@@ -151,12 +151,13 @@ class Halved(Context):
     halves: list[tuple[HiPConfig, ModuleType]]
 
     def prefill(self, tokens: torch.Tensor, **more) -> torch.Tensor:
-        self.cfg, self.kernels = self.halves[0]
+        cfg, self.kernels = self.halves[0]
+        self.configure(cfg)
         return super().prefill(tokens, **more)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.cfg, self.kernels = self.halves[1]
-        self.decoding = self.cfg.decoding
+        cfg, self.kernels = self.halves[1]
+        self.configure(cfg)
         return super().decode(tokens)
 
 
@@ -573,10 +574,11 @@ def solve(
     asked = sample(case["task"], tokenizer, tokens, case["seed"])
     prompt = torch.tensor([tokenizer.encode(asked.prompt)])
     context, T = opened(prompt.shape[1] + asked.room), prompt.shape[1]
-    cfg, rope, c = context.cfg, context.clipped, context.model.config
+    rope, c = context.clipped, context.model.config
     masses = {"question": torch.zeros(c.layers, c.heads), "answer": torch.zeros(c.layers, c.heads)}
 
     def see(layer: int, q: torch.Tensor, k: torch.Tensor, _v) -> None:
+        cfg = context.cfgs[layer]
         q, chosen = q[:, :, -cfg.block_q :], context.selection[layer]
         if k.shape[2] == T:
             chosen = context.kernels.select_blocks(q, k, cfg, rope=rope)

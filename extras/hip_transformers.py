@@ -140,9 +140,14 @@ def settings(config: PreTrainedConfig) -> HiPConfig:
     return config.hip or remembered()
 
 
-@functools.cache
-def decoding(cfg: HiPConfig) -> HiPConfig:
-    return cfg.decoding
+def own_settings(module: nn.Module) -> HiPConfig:
+    """Of the layer whose attention this is."""
+    layer, layers = getattr(module, "layer_idx", None), getattr(module.config, "num_hidden_layers", 1)
+    return of_layer(settings(module.config), layer or 0, layers)
+
+
+of_layer = functools.cache(HiPConfig.of_layer)
+decoding = functools.cache(lambda cfg: cfg.decoding)
 
 
 def kernels(device: torch.device, head_size: int) -> ModuleType:
@@ -156,10 +161,15 @@ def kernels(device: torch.device, head_size: int) -> ModuleType:
     return lib
 
 
-# what is remembered of a text: a `Selection`, or the last queries of a prompt (1, H, n, D), or nothing, each
-# as a tuple whose first tensor has a row for each text; and steps since the prompt
-Row = tuple[tuple[Tensor, ...], int]
-NOTHING: Row = (), 0
+class Row(NamedTuple):
+    """What is remembered of a text, or of some of one length."""
+
+    steps: int = 0  # since the prompt
+    recent: Tensor | None = None  # the latest queries (B, H, n, D), if they are remembered
+    selection: Selection | None = None  # None until decoding asks for it
+
+
+NOTHING = Row()
 
 
 def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | None, dense: bool) -> tuple:
@@ -168,9 +178,11 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
     row: what is remembered; None if this is a prompt.  past: keys and values (B, Hkv, T, D), in decoding also
     a cache's `hip.Pages`.  dense: whether the layer is.
     """
-    (k, v), (kept, steps), lib, out = past, row or NOTHING, kernels(q.device, q.shape[3]), []
+    (k, v), (steps, recent, kept), lib, out = past, row or NOTHING, kernels(q.device, q.shape[3]), []
     Tq, T, unit = q.shape[2], k.shape[2], max(cfg.block_q, hip.PIECE * (1 if q.device.type == "cpu" else 8))
     own, body = (decoding(cfg), Tq) if row else (cfg, max(0, Tq - cfg.dense_tail))
+    latest = q if row is None or recent is None else torch.cat([recent, q], 2)
+    latest = latest[:, :, -max(MEMORY_QUERIES, decoding(cfg).block_q) :]
     start = T - Tq - steps % cfg.refresh_interval  # where the first query's selection is, or would be, from
     first = 0 if isinstance(k, hip.Pages) else body if dense else min(body, covered(start, own))
     for a, b in [*cut(0, first, unit), *[(first, body)] * (first < body), *cut(body, Tq, unit)]:
@@ -178,15 +190,24 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
         if (a, b) != (first, body):
             out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))
             continue
-        if steps % cfg.refresh_interval == 0:
-            kept = begun(kept, k[:, :, : T - 1 - steps], cfg, scale) if len(kept) == 1 else kept
-            previous = Selection(*kept) if kept and cfg.memory else None
-            kept = lib.select_blocks(q[:, :, a:b], k, own, previous, scale=scale)
-        out.append(lib.sparse_attention(q[:, :, a:b], k, v, Selection(*kept), own, scale=scale))
+        if row is None:
+            kept = lib.select_blocks(q[:, :, a:b], k, own, scale=scale)
+        elif steps % cfg.refresh_interval == 0:
+            if kept is None and recent is not None:
+                kept = begun(recent, k[:, :, : T - 1], cfg, scale)
+            asking = q if recent is None or T < own.block_q else as_many(latest, own.block_q)
+            kept = lib.select_blocks(asking, k, own, kept if cfg.memory else None, scale=scale)
+        out.append(lib.sparse_attention(q[:, :, a:b], k, v, kept, own, scale=scale))
     o = out[0] if len(out) == 1 else torch.cat(out, 2)
-    if row:
-        return o, (kept, steps + 1)
-    return o, ((q[:, :, -MEMORY_QUERIES:].clone(),) if cfg.memory else (), 0)
+    if row is None:
+        return o, Row(0, latest.clone() if cfg.memory else None)
+    return o, Row(steps + 1, latest if cfg.memory else None, kept)
+
+
+def as_many(latest: Tensor, rows: int) -> Tensor:
+    """So many of the latest queries (B, H, n, D); the first stands for those that are not there."""
+    first = latest[:, :, :1].expand(-1, -1, max(0, rows - latest.shape[2]), -1)
+    return torch.cat([first, latest], 2)[:, :, -rows:]
 
 
 def covered(start: int, cfg: HiPConfig) -> int:
@@ -198,14 +219,15 @@ def covered(start: int, cfg: HiPConfig) -> int:
     return max(0, -(-(cfg.covered - start) // cfg.block_q) * cfg.block_q)
 
 
-def begun(kept: tuple, k: Tensor, cfg: HiPConfig, scale: float | None) -> tuple:
-    """Behind a prompt of keys k (1, Hkv, T, D): what decoding starts from, in place of the last queries.
+def begun(recent: Tensor | None, k: Tensor, cfg: HiPConfig, scale: float | None) -> Selection | None:
+    """What decoding starts from behind keys k (1, Hkv, T, D), of which the last queries are remembered.
 
     Found when it is wanted, where keys are at hand: of all pieces of a prompt only the last one's is, none
     behind what an assistant guessed, and it costs several times what dense attention of so few queries does.
     """
     oracle = kernels(k.device, k.shape[3]).oracle_blocks
-    return first_memory(kept[0], k, cfg, scale=scale, oracle=oracle) if kept else kept
+    last = recent if recent is None else recent[:, :, -MEMORY_QUERIES:]
+    return last if last is None else first_memory(last, k, cfg, scale=scale, oracle=oracle)
 
 
 @not_compiled
@@ -230,7 +252,7 @@ def attention(
 
     T may exceed the tokens read (static caches).  Returns ((B, Tq, H, D), None).  ValueError: see `refuse`.
     """
-    cfg, Tq, stored = settings(module.config), query.shape[2], not isinstance(key, Tensor)
+    cfg, Tq, stored = own_settings(module), query.shape[2], not isinstance(key, Tensor)
     refuse(module, query, attention_mask, cfg, kwargs | dict(dropout=dropout, stored=stored))
     if attention_mask is not None and attention_mask.ndim == 4:  # a sliding window, or one's own
         own = transformers.AttentionInterface()["sdpa"]
@@ -252,16 +274,16 @@ def attention(
         q = query[at][:, :, new]
         past = [x[at][:, :, new if stored else n] for x in (key, value)]
         past = cache.add(members[0], *past, prompt or dense) if stored else past
-        kept, steps = zip(*(rows[b] for b in members), strict=True)
-        kept = (torch.cat([x[0] for x in kept]), *kept[0][1:]) if kept[0] and len(kept) > 1 else kept[0]
-        o, row = read(None if prompt else (kept, steps[0]), q, past, cfg, scaling, dense)
+        row = None if prompt else together([rows[b] for b in members])
+        o, row = read(row, q, past, cfg, scaling, dense)
         if o.shape == query.shape:
             out = o
         else:
             out[at, :, new] = o
-        row = (begun(row[0], past[0], cfg, scaling), 0) if stored and prompt and not dense else row
+        if stored and prompt and not dense:
+            row = row._replace(selection=begun(row.recent, past[0], cfg, scaling))
         for i, b in enumerate(members):
-            rows[b] = row[0] and (row[0][0][i : i + 1], *row[0][1:]), row[1]
+            rows[b] = alone(row, i) if len(members) > 1 else row
     cache.hip_memory = (id(module), cfg, T), rows
     return out.transpose(1, 2), None
 
@@ -277,13 +299,30 @@ def groups(rows: list[Row], mask: Tensor | None, T: int, Tq: int, alone: bool) -
     counts = [(T, Tq)] * len(rows)
     if mask is not None:
         counts = list(zip(mask.sum(1).tolist(), mask[:, -Tq:].sum(1).tolist(), strict=True))
-    for b, (kept, steps) in enumerate(rows):
-        alike = steps, kept and kept[0].shape, b if alone or not left else -1
+    for b, (steps, recent, kept) in enumerate(rows):
+        shapes = None if recent is None else recent.shape, kept and kept.blocks.shape
+        alike = steps, *shapes, b if alone or not left else -1
         if counts[b][1]:
             found.setdefault((*counts[b], *alike), []).append(b)
     for (n, new, *_), members in found.items():
         seen = (slice(T - n, T), slice(Tq - new, Tq)) if left else (mask[members[0]], mask[members[0], -Tq:])
         yield members, *seen
+
+
+def together(rows: list[Row]) -> Row:
+    """Of several texts one, that are alike."""
+    if len(rows) == 1:
+        return rows[0]
+    steps, recent, kept = rows[0]
+    recent = recent if recent is None else torch.cat([row.recent for row in rows])
+    return Row(steps, recent, kept and Selection(torch.cat([row.selection.blocks for row in rows]), kept[1]))
+
+
+def alone(row: Row, i: int) -> Row:
+    """Text i of some."""
+    steps, recent, kept = row
+    recent = recent if recent is None else recent[i : i + 1]
+    return Row(steps, recent, kept and Selection(kept.blocks[i : i + 1], kept.window_start))
 
 
 # --- many requests at a time: the library's paged cache ----------------------------------------------------
@@ -337,7 +376,7 @@ def paged_attention(
     The Tq tokens are of many requests, one behind another; what each read before lies in the cache's pages.
     A step of one token takes from these the blocks that it chose, on a GPU all.  Returns as `attention`.
     """
-    cfg, layer, others = settings(module.config), module.layer_idx, kwargs | dict.fromkeys(PAGED)
+    cfg, layer, others = own_settings(module), module.layer_idx, kwargs | dict.fromkeys(PAGED)
     refuse(module, query, None, cfg, others | dict(dropout=dropout))
     if cache is None:
         raise ValueError('attn_implementation="hip_paged" is what generate_batch sets: use "hip"')
@@ -375,7 +414,8 @@ def paged_attention(
         tokens, row = memory.get(name, (None, NOTHING))
         row = None if prompt else row if tokens == (cfg, T - new) else NOTHING
         out[:, :, a:b], row = read(row, q, past, cfg, scaling, dense)
-        row = (begun(row[0], past[0], cfg, scaling), 0) if prompt and not dense else row
+        if prompt and not dense:
+            row = row._replace(selection=begun(row.recent, past[0], cfg, scaling))
         memory[name] = (cfg, T), row
     return out.transpose(1, 2), None
 

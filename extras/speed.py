@@ -137,12 +137,16 @@ INPUTS = {"real": real, "local": local, "normal": normal}
 
 
 def hip_calls(name: str, phase: str, qkv: list, cfg: HiPConfig, kernels: ModuleType) -> dict[str, Callable]:
-    """Search, and attention to what it found; decoding remembers the selection before, as a model's does."""
-    q, k, v = qkv
-    found = kernels.select_blocks(q, k, cfg)
-    before = (found,) if phase == "decoding" else ()
+    """Search, and attention to what it found.
+
+    In decoding the latest queries search, and the last attends; it remembers the selection before.
+    """
+    (q, k, v), step = qkv, phase == "decoding"
+    latest = q[:, :, -cfg.block_q :] if step and hasattr(cfg, "early_factor") else q[:, :, -1:] if step else q
+    found, q = kernels.select_blocks(latest, k, cfg), q[:, :, -1:] if step else q
+    before = (found,) if step else ()
     return {
-        f"{name} search": partial(kernels.select_blocks, q, k, cfg, *before),
+        f"{name} search": partial(kernels.select_blocks, latest, k, cfg, *before),
         f"{name} attention": partial(kernels.sparse_attention, q, k, v, found, cfg),
     }
 
@@ -155,11 +159,12 @@ def attention_row(phase: str, qkv: list, cfg: HiPConfig, dense: bool, options: a
     (q, k, v), step = qkv, phase == "decoding"
     versions = {"old": options.against} if options.against else {}
     versions["HiP"] = options.kernels, cfg
+    latest, q = q, q[:, :, -1:] if step else q
     calls, every = {f"dense {way}": x for way, x in measuring.dense_ways(q, k, v).items() if dense}, {}
     for name, (kernels, own) in versions.items():
         own = getattr(own, "decoding", own) if step else own
         every[name] = own.refresh_interval if step else 1
-        calls |= hip_calls(name, phase, [q, k, v], own, kernels)
+        calls |= hip_calls(name, phase, [latest, k, v], own, kernels)
     if step and q.is_cuda:  # as a server would: no Python between the launches
         calls = {name: measuring.graphed(call) for name, call in calls.items()}
     ceilings = measuring.ceilings(options.device, options.dtype)
@@ -191,7 +196,7 @@ def attention(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) 
 
         def measure(phase: str, batch: int, dense: bool, qkv: Callable = qkv) -> dict:
             q, k, v = qkv()
-            q = q[:, :, -1:] if phase == "decoding" else q
+            q = q[:, :, -cfg.decoding.block_q :] if phase == "decoding" else q
             inputs = [x.repeat(batch, 1, 1, 1) if batch > 1 else x.contiguous() for x in (q, k, v)]
             return attention_row(phase, inputs, cfg, dense, options)
 
@@ -342,12 +347,16 @@ def model_floors(model: Llama, B: int, T: int, cfg: HiPConfig, dense: bool) -> t
     matrices = [x for name, x in model.weights.items() if name.startswith("layers.") and x.ndim == 2]
     layers, seconds = sum(x.numel() for x in matrices), []
     for Tq, numbers in (T, layers), (1, layers + c.width * c.vocabulary):
-        how, heads = cfg.decoding if Tq == 1 else cfg, (c.head_size, c.heads, c.kv_heads)
-        need = measuring.needed(B, Tq, T, heads, how, size)
-        part = {x: measuring.floor(need[x], reached) for x in (["dense"] if dense else ["search", "sparse"])}
-        part["search"] = part.get("search", 0) / (cfg.refresh_interval if Tq == 1 else 1)
+        heads = c.head_size, c.heads, c.kv_heads
         weights = measuring.floor((2 * B * Tq * numbers, numbers * size), reached)
-        seconds.append(weights + c.layers * sum(part.values()))
+        for i in (0, 1):  # each half of the layers
+            how = cfg.of_layer(i, 2).decoding if Tq == 1 else cfg.of_layer(i, 2)
+            need = measuring.needed(B, Tq, T, heads, how, size)
+            names = ["dense"] if dense else ["search", "sparse"]
+            part = {x: measuring.floor(need[x], reached) for x in names}
+            part["search"] = part.get("search", 0) / (cfg.refresh_interval if Tq == 1 else 1)
+            weights += c.layers / 2 * sum(part.values())
+        seconds.append(weights)
     return tuple(seconds)
 
 
@@ -468,13 +477,15 @@ class Decoder:
 
     def __init__(self, cfg: HiPConfig, kernels: ModuleType, append: Callable, past: Callable):
         self.cfg, self.kernels, self.append, self.past = cfg, kernels, append, past
-        self.selection, self.step = None, 0
+        self.selection, self.step, self.recent = None, 0, []
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.append(k, v)
         keys, values = self.past()
+        self.recent = [*self.recent, q][-self.cfg.block_q :]
         if self.step % self.cfg.refresh_interval == 0:
-            self.selection = self.kernels.select_blocks(q, keys, self.cfg, self.selection)
+            latest = torch.cat(self.recent, 2) if len(self.recent) == self.cfg.block_q else q
+            self.selection = self.kernels.select_blocks(latest, keys, self.cfg, self.selection)
         self.step += 1
         return self.kernels.sparse_attention(q, keys, values, self.selection, self.cfg)
 

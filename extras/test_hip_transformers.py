@@ -67,8 +67,7 @@ def changed(cfg, **fields):
     return HiPConfig(**vars(cfg) | fields)
 
 
-# decodes no wider than it reads, so that little is wanted near
-SMALL = changed(COVERS, top_k=32, stride_k=2, dense_tail=5, refresh_interval=4, decode_factor=1)
+SMALL = changed(COVERS, top_k=32, stride_k=2, dense_tail=5, refresh_interval=4, early_factor=1)
 
 
 def change(thing, **fields):
@@ -311,7 +310,7 @@ def test_layers_with_a_sliding_window_keep_it_even_while_it_covers_the_text(sear
         dict(dense_layers=1),
         dict(dense_tail=0),
         dict(per_head=True, score="max"),
-        dict(decode_factor=2),
+        dict(early_factor=2),
     ],
 )
 def test_a_model_reads_and_decodes_as_model_py_does(name, fields):
@@ -393,7 +392,13 @@ def test_decoding_searches_every_refresh_interval_from_the_selection_before(sear
     with watched() as calls:
         read(model, some_tokens(1, 352), [160, 178, 4])
     # the first 64 queries, whom the budget covers, and the last piece are dense
-    assert [q.shape[2] for q, *_ in searches] == [91, 91, 173, 173] + [1] * 6  # steps 0, 4, 8 of two layers
+    rows = 4 if memory else 1  # that search together
+    assert [q.shape[2] for q, *_ in searches] == [91, 91, 173, 173] + [
+        rows
+    ] * 6  # steps 0, 4, 8 of two layers
+    every = [torch.cat([call.q for call in calls[layer::2]], 2) for layer in (0, 1)]
+    for i, (q, *_) in enumerate(searches[4:]):
+        assert torch.equal(q, every[i % 2][:, :, : 342 + i // 2 * 4 + 1][:, :, -rows:])
     for i, (_, previous, _) in enumerate(searches[4:]):
         if not memory:
             assert previous is None
@@ -504,7 +509,7 @@ def test_nothing_is_remembered_across_foreign_tokens_other_settings_or_layers(se
 def test_memory_dies_with_the_generation(model):
     cache = DynamicCache()
     read(model, some_tokens(1, 210), [200], cache=cache)
-    selections = [weakref.ref(cache.layers[i].keys.hip_memory[1][0][0][0]) for i in (0, 1)]
+    selections = [weakref.ref(cache.layers[i].keys.hip_memory[1][0].selection.blocks) for i in (0, 1)]
     assert all(blocks() is not None for blocks in selections)
     del cache
     gc.collect()
@@ -582,13 +587,13 @@ def test_what_is_kept_of_a_prompt_is_small_and_the_blocks_are_found_by_the_first
         lambda q, k, *x, **y: found.append(k.shape[2]) or first(q, k, *x, **y),
     )
     read(model, some_tokens(1, 300), [150, 150], cache=cache)
-    kept = [layer.keys.hip_memory[1][0][0][0] for layer in cache.layers]
+    kept = [layer.keys.hip_memory[1][0].recent for layer in cache.layers]
     assert [x.untyped_storage().nbytes() for x in kept] == [4 * 16 * 16 * 4] * 2  # 16 queries of four heads
     assert not found
     read(model, some_tokens(1, 3), [], cache=cache)
     assert found == [300, 300]
     read(model, some_tokens(1, 70), [50])  # its first steps are dense
-    assert found[2:] == [50, 50]
+    assert found[2:] == [66, 66]  # where they end
 
 
 def test_beam_search_searches_at_every_step_without_memory(model, searches):
@@ -844,7 +849,7 @@ def test_a_name_that_is_used_again_inherits_no_memory(model, searches):
             manager.add_request(prompt, request_id=name, max_new_tokens=12)
             while not (result := manager.get_result(timeout=1)) or not result.is_finished():
                 assert manager.is_running()
-            steps.append([previous for q, previous, _ in searches if q.shape[2] == 1])
+            steps.append([previous for q, previous, _ in searches if q.shape[2] < 5])
             searches.clear()
         memories = manager.batch_processor.cache.hip_memory
     assert steps[1][0] is not None and steps[2][:2] == [None, None] and steps[2][2] is not None
@@ -989,7 +994,7 @@ def test_stores_and_memory_die_with_the_cache_or_its_reset(model):
         return [
             weakref.ref(x)
             for layer in cache.layers
-            for x in (layer.keys, layer.keys.rows[0], layer.keys.hip_memory[1][0][0][0])
+            for x in (layer.keys, layer.keys.rows[0], layer.keys.hip_memory[1][0].selection.blocks)
         ]
 
     caches = [offloaded(model)]

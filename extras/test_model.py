@@ -37,9 +37,8 @@ from hip import HiPConfig  # noqa: E402
 from model import Context, load  # noqa: E402
 
 COVERS = HiPConfig(top_k=256, block_k=8, block_q=16, window=16, sink=4, dense_tail=10)  # 290 tokens
-SMALL = HiPConfig(
-    top_k=32, block_k=8, block_q=16, stride_k=2, window=16, sink=4, dense_tail=5, refresh_interval=4
-)
+SMALL = dict(top_k=32, block_k=8, block_q=16, stride_k=2, window=16, sink=4, dense_tail=5)
+SMALL = HiPConfig(**SMALL, refresh_interval=4, early_factor=1)
 
 # --- the model ---------------------------------------------------------------------------------------------
 
@@ -788,7 +787,7 @@ def watched(calls):
 
     def select_blocks(q, k, cfg, previous=None, *, rope=None):
         result = hip.select_blocks(q, k, cfg, previous, rope=rope)
-        calls.append(SimpleNamespace(q=q, k=k, previous=previous, result=result))
+        calls.append(SimpleNamespace(q=q.clone(), k=k, previous=previous, result=result))
         return result
 
     return SimpleNamespace(select_blocks=select_blocks, sparse_attention=hip.sparse_attention)
@@ -801,7 +800,7 @@ def watch_attention(context):
     def noting(layer, q, k, v, *more, **named):
         o = attend(layer, q, k, v, *more, **named)
         is_dense = torch.allclose(o, hip.dense_attention(q, k, v), atol=1e-5, rtol=1e-5)
-        notes.append(SimpleNamespace(layer=layer, q=q, k=k, o=o, dense=is_dense))
+        notes.append(SimpleNamespace(layer=layer, q=q.clone(), k=k, o=o, dense=is_dense))
         return o
 
     context.attend = noting
@@ -852,7 +851,10 @@ def test_decoding_searches_every_refresh_interval_and_remembers_the_selection_be
     calls.clear()
     searches = [len(calls) for _ in decode(context, 10)]
     assert searches == [layers] * 4 + [2 * layers] * 4 + [3 * layers] * 2
+    rows = 4 if memory else 1  # search together
     for i, call in enumerate(calls):
+        every = torch.cat([n.q for n in notes if n.layer == i % layers], 2)
+        assert torch.equal(call.q, every[:, :, : 334 + i // layers * 4 + 1][:, :, -rows:])
         if not memory:
             assert call.previous is None
         elif i >= layers:
@@ -864,6 +866,34 @@ def test_decoding_searches_every_refresh_interval_and_remembers_the_selection_be
                 for j in range(16)
             ]
             assert torch.equal(call.previous.blocks, torch.cat(each, 3)) and (each[0] >= 0).all()
+
+
+def test_early_layers_choose_more_blocks_in_prompts_and_decoding(tiny):
+    calls, cfg = [], replace(SMALL, early_factor=4)
+    context = Context(tiny, 400, cfg, kernels=watched(calls))
+    context.prefill(some_tokens(334)), list(decode(context, 1))
+    layers = tiny.config.layers
+    assert layers > 1
+    assert [call.result.blocks.shape[3] for call in calls] == [
+        16 if 2 * i < layers else 4 for i in range(layers)
+    ] * 2
+    plain = [Context(tiny, 400, replace(SMALL, top_k=k)) for k in (128, 32)]
+    for x in plain:
+        x.prefill(some_tokens(334)), list(decode(x, 1))
+    early = sum(2 * i < layers for i in range(layers))
+    assert context.scores * layers == early * plain[0].scores + (layers - early) * plain[1].scores
+
+
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_of_a_short_prompt_the_first_query_stands_for_those_that_are_not_there(tiny, T):
+    calls = []
+    context = Context(tiny, 400, SMALL, kernels=watched(calls))
+    notes = watch_attention(context)
+    for tokens in (some_tokens(50), some_tokens(T)):
+        context.prefill(tokens), list(decode(context, 4 if len(calls) == 0 else 1))
+    q = torch.cat([n.q for n in notes if n.layer == 0], 2)[:, :, -T - 1 :]
+    wanted = torch.cat([q[:, :, :1]] * 3 + [q], 2)[:, :, -4:]
+    assert torch.equal([x.q for x in calls if x.k.shape[2] == 54 + T + 1][0], wanted)
 
 
 def test_the_last_queries_of_a_prompt_attend_densely_and_the_rest_does_not(tiny):
@@ -892,11 +922,9 @@ def test_prompt_queries_that_may_choose_everything_attend_densely(tiny, change):
     lo, hi = hip.domain(600, 600, replace(cfg, block_q=1, stride_q=1))
     count = 0 if cfg.rope_clip else int((hi - lo <= cfg.budget).sum())
     context = Context(tiny, 600, cfg)
-    assert [context.covered(T, T, 1) for T in (1, 600)] == [min(1, count), count]
-    assert (
-        context.covered(600 - 9, 600, 1) == max(0, count - 9)
-        and context.covered(600, 600, 64) == count // 64 * 64
-    )
+    assert [context.covered(cfg, T, T, 1) for T in (1, 600)] == [min(1, count), count]
+    assert context.covered(cfg, 600 - 9, 600, 1) == max(0, count - 9)
+    assert context.covered(cfg, 600, 600, 64) == count // 64 * 64
     notes = watch_attention(context)
     context.prefill(some_tokens(count or 30))
     assert cfg.rope_clip or all(note.dense for note in notes)
@@ -961,13 +989,19 @@ def test_streaming_attends_to_sink_and_window_without_a_search(tiny):
     context.prefill(some_tokens(333)), list(decode(context, 5))
     assert calls == []
     assert all(s.blocks.shape[3] == 0 for s in context.selection)
-    assert [int(s.window_start) for s in context.selection] == [(337 - 80 + 1) // 8 * 8] * tiny.config.layers
+    assert [int(s.window_start) for s in context.selection] == [(337 - 48 + 1) // 8 * 8] * tiny.config.layers
     assert not any(n.dense for n in notes)  # no layer, and no tail
 
 
 @pytest.mark.parametrize("store", ["host", "disk"])
 @pytest.mark.parametrize(
-    "change", [{}, dict(dense_layers=1, stride_k=2), dict(memory=False, block_q=4), dict(rope_clip=30)]
+    "change",
+    [
+        {},
+        dict(dense_layers=1, early_factor=2),
+        dict(memory=False, block_q=4),
+        dict(rope_clip=30, early_factor=2),
+    ],
 )
 def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
     cfg, results = HiPConfig(**vars(SMALL) | change), []
@@ -1126,7 +1160,7 @@ def test_scores_that_are_no_numbers_are_refused_and_nothing_is_printed(run, tmp_
     assert (status, out) == (2, "") and "scores of the next token are NaN or infinite" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("change", [dict(top_k=2**40), dict(decode_factor=2**30), dict(dense_tail=2**40)])
+@pytest.mark.parametrize("change", [dict(top_k=2**40), dict(early_factor=2**30), dict(dense_tail=2**40)])
 @pytest.mark.parametrize("clip", [None, 2**40])
 def test_to_choose_more_than_all_is_to_choose_all(tiny, change, clip):
     def run(**change):
@@ -1135,7 +1169,7 @@ def test_to_choose_more_than_all_is_to_choose_all(tiny, change, clip):
         )
         return torch.cat([hidden, *decode(context, 9)], 1)
 
-    enough = {name: 512 if name != "decode_factor" else 16 for name in change}
+    enough = {name: 512 if name != "early_factor" else 16 for name in change}
     close(run(**change), run(**enough))
     assert clip is None or torch.equal(run(**change), run(**change | dict(rope_clip=2**20)))
 
@@ -1185,7 +1219,7 @@ BAD = {
     "--max-new-tokens: invalid int": ["--prompt", "a", "--max-new-tokens", "1e3"],
     "--device: expected one argument": ["--prompt", "a", "--device"],
     "sink must be a whole number of at least 0": ["--prompt", "a", "--sink", -1],
-    "decode_factor must be a power of two": ["--prompt", "a", "--decode-factor", 3],
+    "early_factor must be a power of two": ["--prompt", "a", "--early-factor", 3],
     "stride_q must be a divisor of block_q=64": ["--prompt", "a", "--stride-q", 128],
     "the model must be a .gguf file": ["--prompt", "a", "--model", command.__file__],
     "--seed must be": ["--prompt", "a", "--seed", -1],
@@ -1202,7 +1236,7 @@ BAD = {
     ],
     "--offload-dir and --resident-tokens must come with": ["--prompt", "a", "--resident-tokens", 99],
     "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
-    "resident_tokens must be at least 240, as a step needs": [
+    "resident_tokens must be at least 200, as a step needs": [
         "--prompt",
         "a",
         "--offload",
@@ -1246,7 +1280,7 @@ GOOD = [  # with --prompt "the cat" and two new tokens
     ["--block-q", 2**16, "--block-k", 2**16, "--top-k", 2**16, "--prefill-chunk", 2**16],
     ["--sink", 0, "--window", 1, "--dense-tail", 0, "--no-memory"],
     ["--sink", 2**31 - 1, "--window", 2**31 - 1, "--dense-tail", 2**31 - 1, "--dense-layers", 2**31 - 1],
-    ["--refresh-interval", 2**31 - 1, "--decode-factor", 2**30],
+    ["--refresh-interval", 2**31 - 1, "--early-factor", 2**30],
     ["--rope-clip", 2**31 - 1],
     ["--rope-clip", 1],
     ["--rope-clip", "off"],
@@ -1273,7 +1307,7 @@ def test_a_prompt_file_that_is_no_text_is_refused(run, tmp_path):
 
 def test_lengths_beyond_the_text_take_no_memory(run):
     _, answer, _ = run("--prompt", "the cat", "--max-new-tokens", 5)
-    for name in ("top-k", "decode-factor", "dense-tail", "window", "sink", "rope-clip", "prefill-chunk"):
+    for name in ("top-k", "early-factor", "dense-tail", "window", "sink", "rope-clip", "prefill-chunk"):
         assert run("--prompt", "the cat", "--max-new-tokens", 5, f"--{name}", 2**30)[:2] == (0, answer)
 
 
@@ -1349,7 +1383,20 @@ def test_the_answer_goes_to_standard_output_and_the_summary_to_standard_error(ru
     summary = json.loads(err.strip().splitlines()[-1].split("\r")[-1])
     assert (status, same) == (0, text) and (summary["prompt_tokens"], summary["new_tokens"]) == (5, 5)
     assert summary["score_share"] == 1 and summary["prefill_tokens_per_s"] > 0
-    few = ["--top-k", 16, "--block-k", 16, "--window", 16, "--sink", 0, "--dense-tail", 0]
+    few = [
+        "--top-k",
+        16,
+        "--block-k",
+        16,
+        "--window",
+        16,
+        "--sink",
+        0,
+        "--dense-tail",
+        0,
+        "--early-factor",
+        1,
+    ]
     _, _, err = run("--prompt", "cat" * 160, "--max-new-tokens", 5, "--json", *few)
     assert 0.1 < json.loads(err.strip().splitlines()[-1].split("\r")[-1])["score_share"] < 0.8
 
