@@ -957,7 +957,10 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
         if clip:
             return dict(ROWS=ROWS, TILE=32, num_warps=8, num_stages=2)
         return dict(ROWS=ROWS, TILE=64 if D > 128 else 128, num_warps=2, num_stages=3)
-    return dict(ROWS=ROWS, TILE=64, num_warps=4 if ROWS <= 128 else 8, num_stages=1 if clip else 2)
+    few = ROWS <= 128
+    return dict(
+        ROWS=ROWS, TILE=64, num_warps=4 if few else 8, num_stages=1 if clip else 2 + (few and D <= 128)
+    )
 
 
 @functools.cache
