@@ -328,7 +328,10 @@ class Context:
         """
         cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
         rows = self.recent.shape[3]
-        oracle = getattr(self.kernels, "oracle_blocks", hip.oracle_blocks)
+        keep, oracle = (
+            max(MEMORY_QUERIES, rows - 1),
+            getattr(self.kernels, "oracle_blocks", hip.oracle_blocks),
+        )
         if chunk < 1 or chunk % cfg.block_q:
             raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
         with self.reading(tokens) as x:
@@ -351,19 +354,17 @@ class Context:
                     o = self.attend(layer, q, k, v, unit, tail=start == body)
                     for a, b in cut(start, stop, unit):
                         model.behind(layer, x[:, a:b], o[:, :, a - start : b - start], self.ops)
-                    last = q if last is None else torch.cat([last, q], 2)
-                    last = last[:, :, -max(MEMORY_QUERIES, rows - 1) :]
+                    q = q[:, :, -keep:]
+                    last = q if last is None else torch.cat([last, q], 2)[:, :, -keep:]
                     if progress:
                         progress(layer, stop)
                 if self.cache:
                     self.cache.append(layer, *(y[:, :, self.length :] for y in past))
                 if self.method == "hip" and cfg.memory:
-                    # the first one stands for those that are not there
-                    self.recent[:, :, layer, : rows - 1] = last[:, :, :1]
-                    n = min(rows - 1, last.shape[2])
-                    self.recent[:, :, layer, rows - 1 - n : rows - 1] = last[:, :, last.shape[2] - n :]
-                    how = dict(rope=self.clipped, oracle=oracle)
-                    last = last[:, :, -MEMORY_QUERIES:]
+                    # the first stands for those that are not there, and any for the query to come
+                    first = last[:, :, :1].expand(-1, -1, rows, -1)
+                    self.recent[:, :, layer] = torch.cat([first, last, first[:, :, :1]], 2)[:, :, -rows:]
+                    how, last = dict(rope=self.clipped, oracle=oracle), last[:, :, -MEMORY_QUERIES:]
                     self.selection[layer] = first_memory(last, past[0], self.cfgs[layer], **how)
             self.steps, self.graphs = 0, {}
             return model.norm("norm", x)

@@ -438,7 +438,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name(run):
         ("(previous|selection) must .*1 query blocks.*1, 2, 2, 64", dict(blocks=blocks.repeat(1, 1, 2, 1))),
         ("(previous|selection) must .*1 query blocks.* 2 windows", dict(start=torch.zeros(2).long())),
     ]:
-        x = {name: y if "meta" in str(y) else to(DEVICE, y) for name, y in (fits | change).items()}
+        x = tree_map_only(torch.Tensor, lambda y: y if y.is_meta else y.to(DEVICE), fits | change)
         more, selection = dict(scale=x["scale"], rope=x["rope"]), Selection(x["blocks"], x["start"])
         if "v" not in change:
             with pytest.raises(ValueError, match=f"^{words}"):
