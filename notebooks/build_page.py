@@ -39,7 +39,7 @@ from model import Context, Llama, Tokenizer, load  # noqa: E402
 
 PAGE = HERE / "search.html"
 BEGIN, END = '<script type="application/json" id="data">\n', "\n</script>"
-NODES = (8, 16, 32, 64)  # budgets; few are easier to watch, and the last is the default's
+NODES = (8, 16, 32, 64)  # budgets; few are easier to watch; 32 is the default of late layers
 HEADS = ((0, 0), (5, 1), (8, 1), (20, 1))  # layer, key head: such as look far back, at much and at little
 PLACES = (0.6, 0.75, 0.9, 1.0)  # query blocks, as shares of the text
 LONGEST = 8000  # tokens of a text, below what the model was trained for; and a block's number fits a byte
