@@ -184,7 +184,8 @@ def choose(q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None, scale
                 continue
             score = partial(score_blocks, x, thin, seen_anyway(x, keys, cfg), cfg)
             blocks, scores = search(x.hi, score, cfg)  # (B, S, n, M) each
-            if previous is not None and previous.blocks.shape[3]:
+            # where all were looked at, nothing is to be remembered
+            if previous is not None and previous.blocks.shape[3] and int(x.hi.max()) - lo > 2 * M:
                 old = previous.blocks[:, :, i].long()
                 old = old.where((lo <= old) & (old < x.hi[..., None]), NO_BLOCK)
                 blocks = torch.cat([blocks, old], 3)
@@ -300,12 +301,9 @@ def sparse_attention(
     dtype = torch.promote_types(q.dtype, torch.bfloat16)  # not float16, in which scores overflow on a CPU
     with torch.autocast(q.device.type, enabled=False):
         for i, x in query_blocks(q.unflatten(1, (S, -1)), keys, start // cfg.block_k, cfg, scale):
-            chosen = blocks[:, :, i].long()  # (B, S, n, M)
-            chosen = chosen[..., (chosen >= 0).flatten(0, 2).any(0)]  # padding for all is not gathered
-            chosen = chosen.where(chosen >= 0, NO_BLOCK)
-            chosen = torch.cat([chosen, sink_and_window(x, cfg)], 3)
-            b_k, b_v = gather(x, keys, chosen, cfg)  # (B, S, n, C * N, D)
-            unseen = later(x, chosen, cfg)  # (.., R, C * N)
+            seen = everything_seen(x, blocks[:, :, i], cfg)  # (B, S, n, C)
+            b_k, b_v = gather(x, keys, seen, cfg)  # (B, S, n, C * N, D)
+            unseen = later(x, seen, cfg)  # (.., R, C * N)
             mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)
             b_q, b_k, b_v, mask = (y.to(dtype).flatten(0, 1) for y in (x.q, b_k, b_v, mask))
             o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (B * S, n, R, D)
@@ -355,23 +353,53 @@ def sink_and_window(x: QueryBlocks, cfg: HiPConfig) -> Tensor:
     return torch.cat([sink.expand(*x.hi.shape, -1), x.hi[..., None] + window], 3)
 
 
+def everything_seen(x: QueryBlocks, chosen: Tensor, cfg: HiPConfig) -> Tensor:
+    """Key blocks (B, S, n, C) that query blocks attend to: chosen (B, S, n, M), sink, window."""
+    chosen = chosen[..., (chosen >= 0).flatten(0, 2).any(0)].long()  # padding for all is not gathered
+    return torch.cat([chosen.where(chosen >= 0, NO_BLOCK), sink_and_window(x, cfg)], 3)
+
+
+def tokens_of(blocks: Tensor, cfg: HiPConfig, stride: int = 1) -> Tensor:
+    """Positions (.., C * N) of every stride-th token of blocks (.., C)."""
+    inside = torch.arange(0, cfg.block_k, stride, device=blocks.device)
+    return (blocks[..., None] * cfg.block_k + inside).flatten(-2)
+
+
 def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig) -> Tensor:
     """The causal mask: which keys of blocks (B, S, n, C) are later than which rows, or none: (.., R, C * N).
 
     All rows see what lies before the first: where query blocks differ in that alone, (1, 1, 1, ..) is enough.
     """
-    tokens = (blocks[..., None] * cfg.block_k + torch.arange(cfg.block_k, device=blocks.device)).flatten(3)
-    behind = (tokens - x.first[:, None]).clamp(min=0)  # by how much a token is later than the first row
+    behind = (tokens_of(blocks, cfg) - x.first[:, None]).clamp(
+        min=0
+    )  # by how much a token is later than the first row
     one = behind[:1, :1, :1]
     return (one if (behind == one).all() else behind)[..., None, :] > x.row[:, None]
 
 
 def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig) -> list[Tensor]:
     """Keys (B, S, n, C * N, D) of blocks (B, S, n, C), as these query blocks see them, and values if any."""
-    b_k, *b_v = keys.take(blocks)  # (B, S, n, C, N, D)
+    b_k, *b_v = (y.flatten(3, 4) for y in keys.take(blocks))
     if keys.rope is not None:
-        b_k = rotated(b_k, blocks, x, keys.rope, cfg)
-    return [y.flatten(3, 4) for y in (b_k, *b_v)]
+        at = tokens_of(blocks, cfg, cfg.block_k * blocks.shape[3] // b_k.shape[3]) - x.first[:, None]
+        b_k = rotated(b_k, at + cfg.rope_clip, keys.rope)
+    return [b_k, *b_v]
+
+
+def attended(
+    q: Tensor, k: Keys, v: Keys, selection: Selection, cfg: HiPConfig, rope: Rope | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a query (B, H, 1, D) attends to: positions (B, S, N), keys and values (B, S, N, D), not rotated.
+
+    For decoding, which gathers once for all steps that share a selection: the last of N, from the query's own
+    position on, are room for tokens to come.  All searches have chosen as many blocks.
+    """
+    keys, S = source(q, (k, v), cfg, None, rope), selection.blocks.shape[1]
+    start = selection.window_start // cfg.block_k
+    ((_, x),) = query_blocks(q.unflatten(1, (S, -1)), keys, start, cfg, None)
+    x = x._replace(last=(x.first + cfg.refresh_interval) // cfg.block_k)
+    seen = everything_seen(x, selection.blocks, cfg)
+    return tokens_of(seen, cfg)[:, :, 0], *(y.flatten(2, 4) for y in keys.take(seen))  # n is 1
 
 
 class Rows:
@@ -484,7 +512,8 @@ def count_scores(
         if n > 0:
             rounds = cfg.rounds(n)
             known = rounds > 1 and cfg.representative == "center"  # one half of the last round's scores
-            scored = ((2 * rounds - known) * cfg.budget + previous) * bk // cfg.stride_k
+            old = previous if n > 2 * cfg.budget else 0
+            scored = ((2 * rounds - known) * cfg.budget + old) * bk // cfg.stride_k
             seen = bk * sink_and_window(x, cfg).shape[3] if cfg.score == "mass" else 0
             total += len(x.first) * len(x.row) * (scored + seen)
     return total
@@ -503,21 +532,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.flatten(-2)
 
 
-def rotated(b_k: Tensor, blocks: Tensor, x: QueryBlocks, rope: Rope, cfg: HiPConfig) -> Tensor:
-    """Keys (B, S, n, C, N, D) of blocks (B, S, n, C), as query blocks see them when positions are clipped.
+def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
+    """Keys (.., N, D) as queries see them when positions are clipped: at (.., N), of which 0 is the least.
 
     A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none:
     no distance passes rope_clip + block_q - 1, or what a model was trained for.  (After ReRoPE; ours)
     """
-    inside = torch.arange(0, cfg.block_k, cfg.block_k // b_k.shape[4], device=blocks.device)
-    at = blocks[..., None] * cfg.block_k + inside - x.first[:, None, None] + cfg.rope_clip  # (B, S, n, C, N)
     # for speed: what stands before the first column that is near to some query block needs no rotation
-    near = (at[..., -1] > 0).flatten(0, 2).any(0).nonzero()
-    c = int(near[0]) if len(near) else at.shape[3]
-    turn = (F.embedding(at[..., c:, :].clamp(0, len(y) - 1), y) for y in rope)
-    out = b_k.float()
-    out[:, :, :, c:] = rotate(out[:, :, :, c:], *turn)
-    return out
+    near = (at > 0).flatten(0, -2).any(0).nonzero()
+    c = int(near[0]) if len(near) else at.shape[-1]
+    turn = (F.embedding(at[..., c:].clamp(0, len(y) - 1), y) for y in rope)
+    return torch.cat([b_k[..., :c, :].float(), rotate(b_k[..., c:, :], *turn)], -2)
 
 
 # --- checks at the door ------------------------------------------------------------------------------------
@@ -657,6 +682,10 @@ class Pages:
         """As `Rows.thin`: pages of the search hold no other rows."""
         return replace(self, bank=self.banks[0])
 
+    def newest(self) -> list[Tensor]:
+        """The last token's key and value, (B, Hkv, D) each."""
+        return [x[:, :, self.shape[2] - 1].to(self.device) for x in self.store]
+
     def take(self, blocks: Tensor) -> list[Tensor]:
         """As `Rows.take`."""
         (heads, slots), block = self.bank.page_of.shape, self.banks[1].keys
@@ -675,14 +704,16 @@ class OffloadedKVCache:
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's for
     temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key head on the device.  None, as in the paper: for attention
-    sink, top_k and window, for the search what one looks at, 2 * top_k / stride_k in each of log2(tokens /
-    top_k) rounds; with per_head for each head of the group.  ValueError when that or the store cannot be.
+    sink, top_k and window (twice: `copies`), for the search what one looks at, 2 * top_k / stride_k in each
+    of log2(tokens / top_k) rounds; with per_head for each head of the group.  ValueError when that or the
+    store cannot be.
 
     A prompt is read beside this cache and written once (`append`); `layer` then serves single queries.
     Differs from the paper: misses are copied in before a kernel runs, not noticed by it.
     """
 
     bank = Bank
+    copies = 2  # of what is attended to: pages and, where the bound has room, what `attended` gives
 
     def __init__(self, shape, H, cfg, dtype, device="cpu", store="host", folder=None, resident_tokens=None):
         (layers, B, Hkv, tokens, D), block, keys = shape, cfg.block_k, cfg.block_k // cfg.stride_k
@@ -693,13 +724,15 @@ class OffloadedKVCache:
         window = -(-(cfg.window + rows) // block) + 2
         attended = min(pages, group * (cfg.sink_blocks + cfg.budget + window))
         round = group * 2 * cfg.budget  # pages that one round of a search looks at
-        least, most = (attended * block + min(pages, x) * keys for x in (round, round * cfg.rounds(pages)))
-        self.bound = most if resident_tokens is None else resident_tokens
+        near = attended * block
+        least, most = (near + min(pages, x) * keys for x in (round, round * cfg.rounds(pages)))
+        self.bound = most + (self.copies - 1) * near if resident_tokens is None else resident_tokens
         if self.bound < least:
             raise ValueError(f"resident_tokens must be at least {least}, as a step needs, not {self.bound}")
         if store not in ("host", "disk"):
             raise ValueError(f"store must be host or disk, not {store!r}")
-        looked_at = min(pages, (self.bound - attended * block) // keys)
+        self.copies = min(self.copies, 1 + (self.bound - least) // near)
+        looked_at = min(pages, (self.bound - self.copies * near) // keys)
         pin = torch.device(device).type == "cuda"
         self.store = self.allocate((layers, 2, B, Hkv, pages * block, D), dtype, store, folder, pin)
         self.banks = []
@@ -769,4 +802,8 @@ class OffloadedKVCache:
 
     def resident_tokens(self) -> int:
         """Most tokens of a layer and head on the device; a slot stays full, so also the most ever."""
-        return max(sum(int((x.page_of < x.pages).sum(1).max()) * x.keys for x in pair) for pair in self.banks)
+
+        def tokens(bank: Bank) -> int:
+            return int((bank.page_of < bank.pages).sum(1).max()) * bank.keys
+
+        return max(tokens(search) + self.copies * tokens(attention) for search, attention in self.banks)

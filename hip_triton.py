@@ -297,7 +297,7 @@ def search_kernel(
     # ceil(log2(n / M)) rounds, one at least, for the scores; then previous blocks, M at a time
     rounds = tl.sum(((tl.full([32], M, tl.int64) << tl.arange(0, 32).to(tl.int64)) < n).to(tl.int32))
     rounds = tl.where(n > 0, tl.maximum(rounds, 1), 0)
-    more = tl.where(n > 0, tl.cdiv(W, M), 0)
+    more = tl.where(n > 2 * M, tl.cdiv(W, M), 0)  # where all were looked at, nothing is to be remembered
     o_m, o_c = tl.arange(0, M), tl.arange(0, 2 * M)
     b_f = LO + (n * o_m.to(tl.int64) // M).to(tl.int32)  # Alg. 1, l. 1: node j is the blocks [f, l)
     b_l = LO + (n * (o_m + 1).to(tl.int64) // M).to(tl.int32)
@@ -909,7 +909,7 @@ class Bank(hip.Bank):
 class OffloadedKVCache(hip.OffloadedKVCache):
     """hip.OffloadedKVCache, its arguments and errors, with the banks of this file."""
 
-    bank = Bank
+    bank, copies = Bank, 1
 
     def fill(self, layer: int, h: Tensor, rope: Rope | None, q: Tensor, length: Tensor) -> Begun:
         """`fill` of a token into a store that the device reaches; returns what stands for k and for v."""

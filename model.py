@@ -258,7 +258,8 @@ class Context:
         # more than all is no more, but would be allocated
         most = self.most = max(2**13, 1 << (capacity - 1).bit_length())
         clip, tail = cfg.rope_clip and min(cfg.rope_clip, most), min(cfg.dense_tail, most)
-        self.configure(replace(cfg, rope_clip=clip, dense_tail=tail))
+        often = min(cfg.refresh_interval, most)
+        self.configure(replace(cfg, rope_clip=clip, dense_tail=tail, refresh_interval=often))
         self.capacity, self.length = capacity, 0  # tokens, and those that were read
         self.whole = True  # no call was cut short
         self.shape = shape = (c.layers, batch, c.kv_heads, capacity, c.head_size)
@@ -279,6 +280,7 @@ class Context:
         self.clipped = model.rope(0, rows) if clip else None  # the rotary table
         self.steps = 0  # decoding steps since the prompt
         self.selection: list[Selection | None] = [None] * c.layers
+        self.kept: list[tuple | None] = [None] * c.layers  # what `attend_kept` attends to
         # where kernels can read on the device how many tokens there are, a decoding step is the same for any
         # number, so a GPU may record it once, one with a search and one without, and replay it
         self.end, self.graphs = None, {}  # (1,) tokens after the step; by whether it searches
@@ -366,7 +368,7 @@ class Context:
                     self.recent[:, :, layer] = torch.cat([first, last, first[:, :, :1]], 2)[:, :, -rows:]
                     how, last = dict(rope=self.clipped, oracle=oracle), last[:, :, -MEMORY_QUERIES:]
                     self.selection[layer] = first_memory(last, past[0], self.cfgs[layer], **how)
-            self.steps, self.graphs = 0, {}
+            self.steps, self.graphs, self.kept = 0, {}, [None] * model.config.layers
             return model.norm("norm", x)
 
     @torch.inference_mode()
@@ -500,9 +502,31 @@ class Context:
             selection = self.search(layer, q, k, cfg)
         if unit == 0:
             self.keep(layer, selection)
+            if self.ops is not self.kernels and self.method == "hip":
+                return self.attend_kept(layer, q, k, v)
         elif layer in self.alike:
             self.count(self.alike[layer], T, k.shape[2], (selection, cfg, self.method == "hip"))
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
+
+    def attend_kept(self, layer: int, q: Tensor, k: Tensor | hip.Pages, v: Tensor | hip.Pages) -> Tensor:
+        """`attend` of a step by hip.py, which must gather: once for all steps that share a selection.
+
+        Each adds its own key and value, so that it is dense attention to few keys, side by side in memory.
+        """
+        cfg, kept = self.decodings[layer], self.kept[layer]
+        if kept is None or self.steps % cfg.refresh_interval == 0:
+            kept = hip.attended(q, k, v, self.selection[layer], cfg, self.clipped)
+        if self.cache is None or self.cache.copies > 1:
+            self.kept[layer] = kept
+        at, *kept = kept
+        n = int((at[0, 0] <= self.length).sum())
+        for x, y in zip(kept, k.newest() if k is v else (k[:, :, -1], v[:, :, -1]), strict=True):
+            x[:, :, n - 1] = y.repeat_interleave(x.shape[1] // y.shape[1], 1)
+        k, v = (x[:, :, :n] for x in kept)
+        if self.clipped is not None:
+            k = hip.rotated(k, at[:, :, :n] - self.length + cfg.rope_clip, self.clipped).to(q.dtype)
+            q = hip.rotate(q, *(x[cfg.rope_clip] for x in self.clipped)).to(q.dtype)
+        return hip.dense_attention(q, k, v)
 
     def search(self, layer: int, q: Tensor, k: Tensor | hip.Pages, cfg: HiPConfig) -> Selection:
         """What a step's query (B, H, 1, D) attends to: at every refresh_interval-th step chosen anew."""

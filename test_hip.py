@@ -953,7 +953,7 @@ def test_the_tokens_on_the_device_grow_as_the_logarithm_of_the_text():
     assert [b - a for a, b in itertools.pairwise(bounds)] == [2 * cfg.top_k // cfg.stride_k] * 3
     near = cfg.sink + cfg.top_k + cfg.window + cfg.refresh_interval
     rounds = 16 - math.log2(cfg.top_k)
-    assert 0 <= bounds[0] - rounds * 2 * cfg.top_k // cfg.stride_k - near < 4 * cfg.block_k
+    assert 0 <= bounds[0] - rounds * 2 * cfg.top_k // cfg.stride_k - 2 * near < 8 * cfg.block_k
 
 
 def test_a_file_of_an_offloaded_cache_cannot_be_found_or_outlive_it(tmp_path):
@@ -1106,7 +1106,7 @@ def test_a_model_reads_and_decodes_by_the_kernels_as_by_the_reference(kernels, m
     g = torch.Generator().manual_seed(0)
     weights = {x: torch.randn(shape, generator=g).to(DEVICE) / 8 for x, shape in config.shapes().items()}
     tokens = torch.randint(99, (1, 61), generator=g)
-    cfg, results = replace(SMALL, refresh_interval=3, dense_tail=5, **change), []
+    cfg, results, misses = replace(SMALL, refresh_interval=3, dense_tail=5, **change), [], []
     for module in (hip, kernels, kernels)[: 2 + GPU]:
         offload = store and dict(store=store)
         context = model.Context(model.Llama(config, weights), 61, cfg, method, module, offload=offload)
@@ -1116,11 +1116,12 @@ def test_a_model_reads_and_decodes_by_the_kernels_as_by_the_reference(kernels, m
         hidden += [context.decode(tokens[:, i : i + 1]) for i in range(45, 53)]
         hidden += [context.prefill(tokens[:, 53:56])]  # a further question
         hidden += [context.decode(tokens[:, i : i + 1]) for i in range(56, 61)]
-        misses = context.cache.counts()["attention_misses"] if store else 0
-        results.append((torch.cat(hidden, 1).cpu(), context.scores, context.dense_scores, misses))
+        results.append((torch.cat(hidden, 1).cpu(), context.scores, context.dense_scores))
+        misses.append(context.cache.counts()["attention_misses"] if store else 0)
     (wanted, *counts), (got, *others), (eager, *_) = (*results, results[-1])[:3]
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert torch.equal(got, eager) and counts == others
+    assert misses[1] == misses[-1] >= misses[0] >= (store is not None)  # hip.py looks when it searches
 
 
 @pytest.mark.parametrize("Tq", [1, 5, 7, 8, 16])

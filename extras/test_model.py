@@ -1004,13 +1004,41 @@ def test_streaming_attends_to_sink_and_window_without_a_search(tiny):
     ],
 )
 def test_a_model_computes_the_same_with_an_offloaded_cache(tiny, store, change):
-    cfg, results = HiPConfig(**vars(SMALL) | change), []
-    for offload in (None, dict(store=store)):
+    cfg, results, found = HiPConfig(**vars(SMALL) | change), [], []
+    with pytest.raises(ValueError, match="resident_tokens must be at least") as error:
+        Context(tiny, 500, cfg, offload=dict(store=store, resident_tokens=0))
+    least = int(str(error.value).split()[5].rstrip(","))
+    for offload in (None, dict(store=store), dict(store=store, resident_tokens=least)):
         context = Context(tiny, 500, cfg, offload=offload)
         parts = [context.prefill(some_tokens(333)), *decode(context, 10)]
         results.append(torch.cat([*parts, context.prefill(some_tokens(70)), *decode(context, 10)], 1))
-    assert torch.equal(*results)
-    assert 0 < context.cache.resident_tokens() <= context.cache.bound
+        if offload:
+            assert 0 < context.cache.resident_tokens() <= context.cache.bound
+            assert context.cache.copies == 1 + all(kept is not None for kept in context.kept[1:])
+            found.append(sum(v for k, v in context.cache.counts().items() if k.startswith("attention")))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert found[0] < found[1]  # what is held side by side need not be looked up
+
+
+@pytest.mark.parametrize(
+    "change", [{}, dict(rope_clip=30), dict(per_head=True, rope_clip=200), dict(sink=500)]
+)
+def test_a_step_attends_to_what_its_selection_and_its_window_say(tiny, change):
+    context = Context(tiny, 400, cfg := HiPConfig(**vars(SMALL) | dict(early_factor=2) | change))
+    attend, steps = context.attend, []
+
+    def compared(layer, q, k, v, *more, **named):
+        o = attend(layer, q, k, v, *more, **named)
+        if q.shape[2] == 1:
+            steps.append(layer)
+            close(
+                o, hip.sparse_attention(q, k, v, context.selection[layer], own[layer], rope=context.clipped)
+            )
+        return o
+
+    own, context.attend = context.decodings, compared
+    context.prefill(some_tokens(333)), list(decode(context, 9))
+    assert len(steps) == 9 * tiny.config.layers and cfg.refresh_interval == 4
 
 
 @contextlib.contextmanager
