@@ -578,6 +578,21 @@ def test_a_budget_that_covers_the_text_is_dense_attention(run, case):
     assert_attention(o, case, everything)
 
 
+@given(cases(Tq=1, rope_clip=None), st.sampled_from(["searched", "random"]), st.integers(0, 7))
+def test_what_a_query_and_those_behind_it_attend_to_is_gathered_at_once(case, kind, age):
+    selection, then = some_selection(Run("hip"), case, kind, age), max(1, case.Tk - age)
+    at, *kv = hip.attended(case.q, case.k[:, :, :then], case.v[:, :, :then], selection, case.cfg)
+    searches, seen = at.shape[1], visible(case, selection)[:, :, 0]  # (B, H, Tk)
+    for b, s in itertools.product(range(case.B), range(searches)):
+        now, end = (int((at[b, s] < x).sum()) for x in (then, case.Tk))
+        order = at[b, s, :end]  # what is there, then room, in the order of the text
+        assert (order[:now] < then).all() and order[now:].tolist() == list(range(then, case.Tk))
+        wanted = seen[b, s * case.H // searches].nonzero()[:, 0]
+        assert order.sort().values.tolist() == wanted.tolist()
+        for x, y in zip(kv, (case.k, case.v), strict=True):
+            assert torch.equal(x[b, s, :now], y[b, s * case.Hkv // searches, order[:now]])
+
+
 @given(cases())
 def test_dense_attention_is_softmax_over_everything(case):
     none = hip.no_blocks(case.q, case.k.shape, replace(case.cfg, window=case.Tk))
