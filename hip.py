@@ -533,7 +533,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
-    """Keys (.., N, D) as queries see them when positions are clipped: at (.., N), of which 0 is the least.
+    """Keys (.., N, D), a copy of one's own, as queries see them when positions are clipped: at (.., N), or 0.
 
     A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none:
     no distance passes rope_clip + block_q - 1, or what a model was trained for.  (After ReRoPE; ours)
@@ -542,7 +542,9 @@ def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
     near = (at > 0).flatten(0, -2).any(0).nonzero()
     c = int(near[0]) if len(near) else at.shape[-1]
     turn = (F.embedding(at[..., c:].clamp(0, len(y) - 1), y) for y in rope)
-    return torch.cat([b_k[..., :c, :].float(), rotate(b_k[..., c:, :], *turn)], -2)
+    out = b_k.float()  # b_k itself if it is float32
+    out[..., c:, :] = rotate(out[..., c:, :], *turn)
+    return out
 
 
 # --- checks at the door ------------------------------------------------------------------------------------

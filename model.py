@@ -524,7 +524,8 @@ class Context:
             x[:, :, n - 1] = y.repeat_interleave(x.shape[1] // y.shape[1], 1)
         k, v = (x[:, :, :n] for x in kept)
         if self.clipped is not None:
-            k = hip.rotated(k, at[:, :, :n] - self.length + cfg.rope_clip, self.clipped).to(q.dtype)
+            k, at = k.to(torch.float32, copy=True), at[:, :, :n] - self.length + cfg.rope_clip
+            k = hip.rotated(k, at, self.clipped).to(q.dtype)
             q = hip.rotate(q, *(x[cfg.rope_clip] for x in self.clipped)).to(q.dtype)
         return hip.dense_attention(q, k, v)
 
