@@ -391,15 +391,17 @@ def attended(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a query (B, H, 1, D) attends to: positions (B, S, N), keys and values (B, S, N, D), not rotated.
 
-    For decoding, which gathers once for all steps that share a selection: the last of N, from the query's own
-    position on, are room for tokens to come.  All searches have chosen as many blocks.
+    For decoding, which gathers once for all steps that share a selection: behind the query's own position is
+    room for tokens to come.  All searches have chosen as many blocks.  Of an offloaded cache with a search
+    for each key head the rows are its own, until it is asked again, and what is appended appears in them.
     """
     keys, S = source(q, (k, v), cfg, None, rope), selection.blocks.shape[1]
     start = selection.window_start // cfg.block_k
     ((_, x),) = query_blocks(q.unflatten(1, (S, -1)), keys, start, cfg, None)
     x = x._replace(last=(x.first + cfg.refresh_interval) // cfg.block_k)
     seen = everything_seen(x, selection.blocks, cfg)
-    return tokens_of(seen, cfg)[:, :, 0], *(y.flatten(2, 4) for y in keys.take(seen))  # n is 1
+    rows = (keys.beside if S == keys.shape[1] else keys.take)(seen)
+    return tokens_of(seen, cfg)[:, :, 0], *(y.flatten(2, 4) for y in rows)  # n is 1
 
 
 class Rows:
@@ -427,6 +429,8 @@ class Rows:
         tokens = (blocks[..., None] * self.block + self.inside).clamp(0, self.shape[2] - 1)
         tokens = tokens.unflatten(1, (self.shape[1], -1))  # (B, Hkv, S / Hkv, n, C, N)
         return [F.embedding(first + tokens, table).flatten(1, 2) for first, table in self.tables]
+
+    beside = take
 
     def thin(self, stride: int, copy: bool) -> Rows:
         """Keys alone, every stride-th row of a block; copy: as float32, since much will be gathered."""
@@ -658,6 +662,24 @@ class Bank:
         self.fetch(page, slot)
         return self.slot_of.gather(1, wanted)
 
+    def first(self, wanted: Tensor) -> Tensor:
+        """Rows (1 or 2, heads, n, block, D) of pages wanted (heads, n), each once, now in the first slots."""
+        slot = self.find(wanted)
+        other = torch.ones_like(self.page_of, dtype=torch.bool).scatter_(1, slot, False)
+        order = torch.cat([slot, other.nonzero()[:, 1].view(len(slot), -1)], 1)
+        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        every = (order + torch.arange(len(order), device=order.device)[:, None] * order.shape[1]).flatten()
+        self.rows = self.rows.flatten(1, 2).index_select(1, every).view_as(self.rows)
+        self.page_of, self.last_use = self.page_of.gather(1, order), self.last_use.gather(1, order)
+        self.slot_of.scatter_(1, self.page_of, place)
+        return self.rows[:, :, : wanted.shape[1]]
+
+    def forget(self, start: int, end: int) -> None:
+        """Pages start to end are no longer here."""
+        slot = self.slot_of[:, start:end]
+        self.page_of.scatter_(1, slot, self.pages)
+        self.slot_of[:, start:end] = self.slots
+
     def fetch(self, page: Tensor, slot: Tensor) -> None:
         """Copy pages (heads, n) from the store to slots (heads, n), where the page is one."""
         head, n = (page < self.pages).nonzero(as_tuple=True)
@@ -684,9 +706,11 @@ class Pages:
         """As `Rows.thin`: pages of the search hold no other rows."""
         return replace(self, bank=self.banks[0])
 
-    def newest(self) -> list[Tensor]:
-        """The last token's key and value, (B, Hkv, D) each."""
-        return [x[:, :, self.shape[2] - 1].to(self.device) for x in self.store]
+    def beside(self, blocks: Tensor) -> list[Tensor]:
+        """As `take` of blocks (B, Hkv, 1, C), each once: no copy, but the first rows of the bank itself."""
+        there = blocks[..., : int((blocks[0, 0, 0] < self.bank.pages).sum())]
+        rows = self.bank.first(there.flatten(0, 1)[:, 0])
+        return [x.unflatten(0, blocks.shape[:2])[:, :, None] for x in rows]
 
     def take(self, blocks: Tensor) -> list[Tensor]:
         """As `Rows.take`."""
@@ -706,16 +730,14 @@ class OffloadedKVCache:
     store: "host" for host memory (pinned beside a GPU), "disk" for a file in `folder` (None: the system's for
     temporary files), which has no name and so vanishes with the process, however that ends.
     resident_tokens: most tokens of a layer and key head on the device.  None, as in the paper: for attention
-    sink, top_k and window (twice: `copies`), for the search what one looks at, 2 * top_k / stride_k in each
-    of log2(tokens / top_k) rounds; with per_head for each head of the group.  ValueError when that or the
-    store cannot be.
+    sink, top_k and window, for the search what one looks at, 2 * top_k / stride_k in each of log2(tokens /
+    top_k) rounds; with per_head for each head of the group.  ValueError when that or the store cannot be.
 
     A prompt is read beside this cache and written once (`append`); `layer` then serves single queries.
     Differs from the paper: misses are copied in before a kernel runs, not noticed by it.
     """
 
     bank = Bank
-    copies = 2  # of what is attended to: pages and, where the bound has room, what `attended` gives
 
     def __init__(self, shape, H, cfg, dtype, device="cpu", store="host", folder=None, resident_tokens=None):
         (layers, B, Hkv, tokens, D), block, keys = shape, cfg.block_k, cfg.block_k // cfg.stride_k
@@ -726,15 +748,13 @@ class OffloadedKVCache:
         window = -(-(cfg.window + rows) // block) + 2
         attended = min(pages, group * (cfg.sink_blocks + cfg.budget + window))
         round = group * 2 * cfg.budget  # pages that one round of a search looks at
-        near = attended * block
-        least, most = (near + min(pages, x) * keys for x in (round, round * cfg.rounds(pages)))
-        self.bound = most + (self.copies - 1) * near if resident_tokens is None else resident_tokens
+        least, most = (attended * block + min(pages, x) * keys for x in (round, round * cfg.rounds(pages)))
+        self.bound = most if resident_tokens is None else resident_tokens
         if self.bound < least:
             raise ValueError(f"resident_tokens must be at least {least}, as a step needs, not {self.bound}")
         if store not in ("host", "disk"):
             raise ValueError(f"store must be host or disk, not {store!r}")
-        self.copies = min(self.copies, 1 + (self.bound - least) // near)
-        looked_at = min(pages, (self.bound - self.copies * near) // keys)
+        looked_at = min(pages, (self.bound - attended * block) // keys)
         pin = torch.device(device).type == "cuda"
         self.store = self.allocate((layers, 2, B, Hkv, pages * block, D), dtype, store, folder, pin)
         self.banks = []
@@ -774,9 +794,10 @@ class OffloadedKVCache:
                 parts = zip(stored.flatten(0, 1), new.flatten(0, 1), strict=True)
             for to, x in parts:
                 to[..., start:end, :].copy_(x, non_blocking=True)
-            if first:  # a page that was begun may be near, for attention; the search only meets full ones
-                new = new[:, :, : self.block - first].flatten(0, 1)  # (heads, any, D)
-                rows[heads, bank.slot_of[:, page], first : first + new.shape[1]] = new
+            # this page may be near, for attention; the search only meets full ones
+            new = new[:, :, : self.block - first].flatten(0, 1)  # (heads, any, D)
+            rows[heads, bank.slot_of[:, page], first : first + new.shape[1]] = new
+        bank.forget(page + 1, -(-end // self.block))
         self.length[layer] = end
         self.moved += k.nbytes + v.nbytes
         if self.mapping:  # what was written stays with the system, no longer with this process
@@ -804,8 +825,4 @@ class OffloadedKVCache:
 
     def resident_tokens(self) -> int:
         """Most tokens of a layer and head on the device; a slot stays full, so also the most ever."""
-
-        def tokens(bank: Bank) -> int:
-            return int((bank.page_of < bank.pages).sum(1).max()) * bank.keys
-
-        return max(tokens(search) + self.copies * tokens(attention) for search, attention in self.banks)
+        return max(sum(int((x.page_of < x.pages).sum(1).max()) * x.keys for x in pair) for pair in self.banks)

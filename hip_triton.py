@@ -909,7 +909,7 @@ class Bank(hip.Bank):
 class OffloadedKVCache(hip.OffloadedKVCache):
     """hip.OffloadedKVCache, its arguments and errors, with the banks of this file."""
 
-    bank, copies = Bank, 1
+    bank = Bank
 
     def fill(self, layer: int, h: Tensor, rope: Rope | None, q: Tensor, length: Tensor) -> Begun:
         """`fill` of a token into a store that the device reaches; returns what stands for k and for v."""

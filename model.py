@@ -516,12 +516,13 @@ class Context:
         cfg, kept = self.decodings[layer], self.kept[layer]
         if kept is None or self.steps % cfg.refresh_interval == 0:
             kept = hip.attended(q, k, v, self.selection[layer], cfg, self.clipped)
-        if self.cache is None or self.cache.copies > 1:
+        if self.cache is None or kept[0].shape[1] == k.shape[1]:
             self.kept[layer] = kept
         at, *kept = kept
         n = int((at[0, 0] <= self.length).sum())
-        for x, y in zip(kept, k.newest() if k is v else (k[:, :, -1], v[:, :, -1]), strict=True):
-            x[:, :, n - 1] = y.repeat_interleave(x.shape[1] // y.shape[1], 1)
+        if k is not v:  # an offloaded cache has put them there
+            for x, y in zip(kept, (k, v), strict=True):
+                x[:, :, n - 1] = y[:, :, -1].repeat_interleave(x.shape[1] // y.shape[1], 1)
         k, v = (x[:, :, :n] for x in kept)
         if self.clipped is not None:
             k, at = k.to(torch.float32, copy=True), at[:, :, :n] - self.length + cfg.rope_clip

@@ -962,13 +962,41 @@ def test_an_offloaded_cache_driven_at_random_gives_up_the_least_recently_used_pa
     stateful.run_state_machine_as_test(machine, settings=settings(**how, stateful_step_count=25))
 
 
+@given(st.sampled_from([2, 4, 8]), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=12))
+def test_what_a_step_attends_to_stays_right_while_tokens_are_appended(block_k, often, pieces):
+    more = dict(top_k=8, block_k=block_k, stride_k=1, window=5, sink=3, block_q=4)
+    cfg = HiPConfig(**more, refresh_interval=often).decoding
+    q, k, v = torch.randn(3, 1, 2, 200, 4, generator=torch.Generator().manual_seed(0))
+    cache, T = hip.OffloadedKVCache((1, 1, 2, 200, 4), 2, cfg, torch.float32), 0
+    for step, new in enumerate([60, *pieces]):
+        cache.append(0, k[:, :, T : T + new], v[:, :, T : T + new])
+        T, pages, query = T + new, cache.layer(0), q[:, :, step : step + 1]
+        near = k[:, :, :T], v[:, :, :T]
+        selection = hip.select_blocks(query, near[0], cfg)
+        (at, *kept), (same, *wanted) = (
+            hip.attended(query, *kv, selection, cfg) for kv in ((pages,) * 2, near)
+        )
+        assert torch.equal(at, same)
+        n = int((at[0, 0] < T).sum())
+        for x, y in zip(kept, wanted, strict=True):
+            assert torch.equal(x[:, :, :n], y[:, :, :n])
+        for _ in range(min(new % often, 200 - T)):  # of some that share the selection, too
+            cache.append(0, k[:, :, T : T + 1], v[:, :, T : T + 1])
+            T, n = T + 1, n + 1
+            assert int(at[0, 0, n - 1]) == T - 1
+            for x, y in zip(kept, (k, v), strict=True):
+                assert torch.equal(x[:, :, n - 1], y[:, :, T - 1])
+        if T > 180:
+            break
+
+
 def test_the_tokens_on_the_device_grow_as_the_logarithm_of_the_text():
     cfg = HiPConfig()
     bounds = [hip.OffloadedKVCache((1, 1, 1, 2**n, 4), 1, cfg, torch.float32).bound for n in (16, 17, 18, 19)]
     assert [b - a for a, b in itertools.pairwise(bounds)] == [2 * cfg.top_k // cfg.stride_k] * 3
     near = cfg.sink + cfg.top_k + cfg.window + cfg.refresh_interval
     rounds = 16 - math.log2(cfg.top_k)
-    assert 0 <= bounds[0] - rounds * 2 * cfg.top_k // cfg.stride_k - 2 * near < 8 * cfg.block_k
+    assert 0 <= bounds[0] - rounds * 2 * cfg.top_k // cfg.stride_k - near < 4 * cfg.block_k
 
 
 def test_a_file_of_an_offloaded_cache_cannot_be_found_or_outlive_it(tmp_path):

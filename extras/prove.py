@@ -750,6 +750,16 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("counts: padding is not counted",
      "chosen = int((blocks[:, :, i] >= 0).flatten(0, 2).any(0).sum())",
      "chosen = int((blocks[:, :, i] >= 0).flatten(0, 2).all(0).sum())"),
+    ("cache: rows move, and the page table does not",
+     "self.slot_of.scatter_(1, self.page_of, place)", "place = place"),
+    ("cache: rows of a head go to another",
+     "every = (order + torch.arange(len(order), device=order.device)[:, None] * order.shape[1]).flatten()",
+     "every = (order + torch.arange(len(order), device=order.device).flip(0)[:, None] * order.shape[1]).flatten()"),  # noqa: E501
+    ("cache: a page that is written anew is still there as it was",
+     "bank.forget(page + 1, -(-end // self.block))", "pass"),
+    ("cache: a page that has just begun is not written where it is near",
+     "rows[heads, bank.slot_of[:, page], first : first + new.shape[1]] = new",
+     "rows[heads, bank.slot_of[:, page], first : first + new.shape[1] * bool(first)] = new[:, : len(new[0]) * bool(first)]"),  # noqa: E501
     ("cache: a page of this call is given up",
      "self.last_use.scatter_(1, slot, self.call.expand_as(slot))\n        self.counted", "self.counted"),
     ("cache: the most recently used page is given up", "largest=False).indices", "largest=True).indices"),
@@ -768,7 +778,8 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
      "self.store[:, 0 * far_head, far_page, :: self.stride]"),
     ("cache: the search gets first keys",
      "self.store[:, far_head, far_page, :: self.stride]", "self.store[:, far_head, far_page, : self.keys]"),
-    ("cache: a begun page is not overwritten", "if first:  #", "if first > self.block:  #"),
+    ("cache: a begun page is not overwritten",
+     "first : first + new.shape[1]] = new", "first : first + new.shape[1] * (not first)] = new[:, : len(new[0]) * (not first)]"),  # noqa: E501
     ("cache: a begun page is overwritten from its start",
      "first : first + new.shape[1]] = new", ": new.shape[1]] = new"),
     ("cache: values are stored as keys",
