@@ -180,12 +180,12 @@ def choose(q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None, scale
     thin = keys.thin(cfg.stride_k, copy=len(hi) > 1)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # what is in float32 stays so
         for i, x in query_blocks(q.unflatten(1, (S, -1)), keys, hi, cfg, scale, cfg.stride_q):
-            if int(x.hi.max()) == lo:  # sink and window cover everything
+            if (n := int(x.hi.max()) - lo) == 0:  # sink and window cover everything
                 continue
             score = partial(score_blocks, x, thin, seen_anyway(x, keys, cfg), cfg)
             blocks, scores = search(x.hi, score, cfg)  # (B, S, n, M) each
             # where all were looked at, nothing is to be remembered
-            if previous is not None and previous.blocks.shape[3] and int(x.hi.max()) - lo > 2 * M:
+            if previous is not None and previous.blocks.shape[3] and n > 2 * M:
                 old = previous.blocks[:, :, i].long()
                 old = old.where((lo <= old) & (old < x.hi[..., None]), NO_BLOCK)
                 blocks = torch.cat([blocks, old], 3)
@@ -370,9 +370,8 @@ def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig) -> Tensor:
 
     All rows see what lies before the first: where query blocks differ in that alone, (1, 1, 1, ..) is enough.
     """
-    behind = (tokens_of(blocks, cfg) - x.first[:, None]).clamp(
-        min=0
-    )  # by how much a token is later than the first row
+    # by how much a token is later than the first row
+    behind = (tokens_of(blocks, cfg) - x.first[:, None]).clamp(min=0)
     one = behind[:1, :1, :1]
     return (one if (behind == one).all() else behind)[..., None, :] > x.row[:, None]
 
@@ -668,11 +667,16 @@ class Bank:
         other = torch.ones_like(self.page_of, dtype=torch.bool).scatter_(1, slot, False)
         order = torch.cat([slot, other.nonzero()[:, 1].view(len(slot), -1)], 1)
         place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        every = (order + torch.arange(len(order), device=order.device)[:, None] * order.shape[1]).flatten()
+        every = self.through(order).flatten()
         self.rows = self.rows.flatten(1, 2).index_select(1, every).view_as(self.rows)
         self.page_of, self.last_use = self.page_of.gather(1, order), self.last_use.gather(1, order)
         self.slot_of.scatter_(1, self.page_of, place)
         return self.rows[:, :, : wanted.shape[1]]
+
+    def through(self, slot: Tensor) -> Tensor:
+        """Slots (heads, n), counted through all heads."""
+        heads, slots = self.page_of.shape
+        return slot + torch.arange(heads, device=slot.device)[:, None] * slots
 
     def forget(self, start: int, end: int) -> None:
         """Pages start to end are no longer here."""
@@ -714,10 +718,9 @@ class Pages:
 
     def take(self, blocks: Tensor) -> list[Tensor]:
         """As `Rows.take`."""
-        (heads, slots), block = self.bank.page_of.shape, self.banks[1].keys
+        heads, block = len(self.bank.page_of), self.banks[1].keys
         page = blocks.where(blocks * block < self.shape[2], 0)  # of what is none, one that is whole
-        slot = self.bank.find(page.reshape(heads, -1))
-        slot = slot + torch.arange(heads, device=slot.device)[:, None] * slots  # through all heads
+        slot = self.bank.through(self.bank.find(page.reshape(heads, -1)))
         rows = (F.embedding(slot.view(blocks.shape), x.flatten(2).flatten(0, 1)) for x in self.bank.rows)
         return [x.unflatten(4, (-1, self.shape[3])) for x in rows]
 
