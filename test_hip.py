@@ -922,8 +922,11 @@ class Decoding(stateful.RuleBasedStateMachine):
         asked = data.draw(
             st.sampled_from([data.draw(st.tuples(chosen, chosen, st.just(start))), *self.asked[-3:]])
         )
-        if last - asked[2] > 2:  # the window has grown too long
-            return
+        if last - asked[2] <= 2:  # the window has not grown too long
+            self.ask(asked)
+
+    def ask(self, asked):
+        last = (self.length - 1) // 4
         self.asked.append(asked)
         blocks = torch.tensor([(sorted(x) + [-1, -1])[:2] for x in asked[:2]], dtype=torch.int32)
         selection = Selection(blocks[None, :, None], torch.tensor([asked[2] * 4]))
@@ -958,6 +961,11 @@ class Decoding(stateful.RuleBasedStateMachine):
 
 def test_an_offloaded_cache_driven_at_random_gives_up_the_least_recently_used_page(run):
     machine = type("DecodingOf", (Decoding,), dict(run=run))
+    scripted = machine()
+    scripted.append(70)
+    for chosen in [(1, 2), (5, 6), (9, 10), (1, 2), (7, 7), (9, 10), (5, 6)]:  # given up, wanted again; twice
+        scripted.ask((chosen, chosen[::-1], 15))
+        scripted.what_is_counted_has_happened()
     how = dict(max_examples=8, phases=[Phase.generate]) if run.kernels else dict(max_examples=40)
     stateful.run_state_machine_as_test(machine, settings=settings(**how, stateful_step_count=25))
 
