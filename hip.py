@@ -240,7 +240,7 @@ def score_blocks(x: QueryBlocks, keys: Rows | Pages, seen: Tensor, cfg: HiPConfi
     estimate of attention from the loudest key: no row outvotes the rest by being loud.  seen: `seen_anyway`.
     """
     b_k, *_ = gather(x, keys, blocks, cfg)  # (B, S, n, C * N, D)
-    s = (b_k.float() @ x.q.transpose(3, 4)).unflatten(3, (blocks.shape[3], -1))  # (B, S, n, C, N, R)
+    s = (b_k @ x.q.transpose(3, 4)).unflatten(3, (blocks.shape[3], -1))  # (B, S, n, C, N, R)
     s = s.amax(4) * x.scale - seen[:, :, :, None]  # (B, S, n, C, R); -inf of a row that does not exist
     s = s.logsumexp(4) if cfg.score == "mass" else s.amax(4)
     return s.where(s > LOWEST, LOWEST)
@@ -255,8 +255,8 @@ def seen_anyway(x: QueryBlocks, keys: Rows | Pages, cfg: HiPConfig) -> Tensor:
     if cfg.score == "mass":
         blocks = sink_and_window(x, cfg)
         b_k, *_ = gather(x, keys, blocks, cfg)
-        s = x.q * x.scale @ b_k.float().transpose(3, 4)  # (B, S, n, R, C * N)
-        seen = s.masked_fill_(later(x, blocks, cfg), -math.inf).logsumexp(4)
+        s = x.q * x.scale @ b_k.transpose(3, 4)  # (B, S, n, R, C * N)
+        seen = s.masked_fill_(later(x, blocks, cfg, s.dtype) < 0, -math.inf).logsumexp(4)
     return seen.masked_fill(x.first[:, None] + x.row >= keys.shape[2], math.inf)
 
 
@@ -302,10 +302,9 @@ def sparse_attention(
     with torch.autocast(q.device.type, enabled=False):
         for i, x in query_blocks(q.unflatten(1, (S, -1)), keys, start // cfg.block_k, cfg, scale):
             seen = everything_seen(x, blocks[:, :, i], cfg)  # (B, S, n, C)
-            b_k, b_v = gather(x, keys, seen, cfg)  # (B, S, n, C * N, D)
-            unseen = later(x, seen, cfg)  # (.., R, C * N)
-            mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)
-            b_q, b_k, b_v, mask = (y.to(dtype).flatten(0, 1) for y in (x.q, b_k, b_v, mask))
+            b_k, b_v = gather(x, keys, seen, cfg, dtype)  # (B, S, n, C * N, D)
+            mask = later(x, seen, cfg, dtype)  # (.., R, C * N)
+            b_q, b_k, b_v, mask = (y.flatten(0, 1) for y in (x.q.to(dtype), b_k, b_v, mask))
             o = F.scaled_dot_product_attention(b_q, b_k, b_v, mask, scale=x.scale)  # (B * S, n, R, D)
             out[:, :, :, i] = o.view(B, S, -1, H // S, rows, D).transpose(2, 3)
     return out.view(B, H, NQ * rows, D)[:, :, :Tq]
@@ -365,20 +364,24 @@ def tokens_of(blocks: Tensor, cfg: HiPConfig, stride: int = 1) -> Tensor:
     return (blocks[..., None] * cfg.block_k + inside).flatten(-2)
 
 
-def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig) -> Tensor:
-    """The causal mask: which keys of blocks (B, S, n, C) are later than which rows, or none: (.., R, C * N).
+def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig, dtype: torch.dtype) -> Tensor:
+    """The causal mask: -inf where a key of blocks (B, S, n, C) is later than a row, or none, else 0.
 
-    All rows see what lies before the first: where query blocks differ in that alone, (1, 1, 1, ..) is enough.
+    (.., R, C * N).  All rows see what lies before the first: where query blocks differ in that alone,
+    (1, 1, 1, ..) is enough.
     """
-    # by how much a token is later than the first row
-    behind = (tokens_of(blocks, cfg) - x.first[:, None]).clamp(min=0)
+    # by how much a token is later than the first row; by block_q it is later than any
+    behind = (tokens_of(blocks, cfg) - x.first[:, None]).clamp(0, cfg.block_q)
     one = behind[:1, :1, :1]
-    return (one if (behind == one).all() else behind)[..., None, :] > x.row[:, None]
+    # rows of a table: on a CPU many times faster than to compare each token with each row
+    late = torch.arange(cfg.block_q + 1, device=x.row.device)[:, None] > x.row
+    table = torch.zeros_like(late, dtype=dtype).masked_fill_(late, -math.inf)
+    return F.embedding(one if (behind == one).all() else behind, table).transpose(-1, -2)
 
 
-def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig) -> list[Tensor]:
+def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig, dtype=torch.float32) -> list:
     """Keys (B, S, n, C * N, D) of blocks (B, S, n, C), as these query blocks see them, and values if any."""
-    b_k, *b_v = (y.flatten(3, 4) for y in keys.take(blocks))
+    b_k, *b_v = (y.flatten(3, 4).to(dtype) for y in keys.take(blocks))
     if keys.rope is not None:
         at = tokens_of(blocks, cfg, cfg.block_k * blocks.shape[3] // b_k.shape[3]) - x.first[:, None]
         b_k = rotated(b_k, at + cfg.rope_clip, keys.rope)
@@ -473,8 +476,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale=None) -> Tensor:
         from torch.nn.attention.bias import causal_lower_right  # which imports a compiler: seconds
 
         mask = causal_lower_right(Tq, Tk)
-    elif 1 < Tq < Tk:
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril_(Tk - Tq)
+    elif 1 < Tq < Tk:  # a mask of bits torch would turn into this one, but slower
+        mask = torch.full((Tq, Tq), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+        mask = F.pad(mask, (Tk - Tq, 0))
     with torch.autocast(q.device.type, enabled=False):
         if Tq == 1:  # heads that share keys as rows of one product: many times faster on a CPU
             rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, H / Hkv, D)
@@ -536,7 +540,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
-    """Keys (.., N, D), a copy of one's own, as queries see them when positions are clipped: at (.., N), or 0.
+    """Keys (.., N, D), overwritten, as queries see them when positions are clipped: at (.., N), or 0.
 
     A query block begins at position rope_clip, and what lies before 0 stands there, where a rotation is none:
     no distance passes rope_clip + block_q - 1, or what a model was trained for.  (After ReRoPE; ours)
@@ -545,9 +549,8 @@ def rotated(b_k: Tensor, at: Tensor, rope: Rope) -> Tensor:
     near = (at > 0).flatten(0, -2).any(0).nonzero()
     c = int(near[0]) if len(near) else at.shape[-1]
     turn = (F.embedding(at[..., c:].clamp(0, len(y) - 1), y) for y in rope)
-    out = b_k.float()  # b_k itself if it is float32
-    out[..., c:, :] = rotate(out[..., c:, :], *turn)
-    return out
+    b_k[..., c:, :] = rotate(b_k[..., c:, :], *turn)
+    return b_k
 
 
 # --- checks at the door ------------------------------------------------------------------------------------

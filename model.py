@@ -32,6 +32,7 @@ from hip import HiPConfig, Selection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
+PAYS = dict(cpu=3)  # by how much a text must be longer than what is `covered` for a search to pay, else 1
 METHODS = ("hip", "dense", "streaming")
 JOINT = dict(
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mlp=("mlp.gate_proj", "mlp.up_proj")
@@ -329,31 +330,27 @@ class Context:
         Differs from the paper: the dense tail, by which the question at the end finds its needle.
         """
         cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
-        rows = self.recent.shape[3]
-        keep, oracle = (
-            max(MEMORY_QUERIES, rows - 1),
-            getattr(self.kernels, "oracle_blocks", hip.oracle_blocks),
-        )
+        keep = max(MEMORY_QUERIES, (rows := self.recent.shape[3]) - 1)
+        how = dict(rope=self.clipped, oracle=getattr(self.kernels, "oracle_blocks", hip.oracle_blocks))
         if chunk < 1 or chunk % cfg.block_q:
             raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
         with self.reading(tokens) as x:
             unit = max(cfg.block_q, hip.PIECE * (1 if model.device.type == "cpu" else 8))
-            chunk = T if self.method == "dense" else -(-chunk // unit) * unit
             body = max(0, T - cfg.dense_tail) if self.method == "hip" else T
-            pieces = cut(0, body, chunk)
-            if len(pieces) > 1 and body - pieces[-1][0] < cfg.block_q:  # no query block, but a part of one
-                pieces[-2:] = [(pieces[-2][0], body)]
-            pieces += [(body, T)] * (body < T)
             rope = model.rope(self.length, end) if self.clipped is None else None
             for layer in range(model.config.layers):
                 past, last = self.room(layer, end), None
-                for start, stop in pieces:
-                    q, (k, v) = self.queries(stop - start), (y[:, :, : self.length + stop] for y in past)
+                dense = self.covered(layer, body, unit)
+                pieces = cut(dense, body, -(-chunk // unit) * unit)
+                if len(pieces) > 1 and body - pieces[-1][0] < cfg.block_q:  # no query block, but part of one
+                    pieces[-2:] = [(pieces[-2][0], body)]
+                for start, stop in [*cut(0, dense, T), *pieces, *cut(body, T, T)]:
+                    q, kv = self.queries(stop - start), [y[:, :, : self.length + stop] for y in past]
                     for a, b in cut(start, stop, unit):
-                        to = (y[:, :, -(stop - a) :][:, :, : b - a] for y in (q, k, v))
+                        to = (y[:, :, -(stop - a) :][:, :, : b - a] for y in (q, *kv))
                         h = model.project(layer, x[:, a:b], self.ops)
                         self.ops.fill(h, rope and tuple(y[a:b] for y in rope), *to)
-                    o = self.attend(layer, q, k, v, unit, tail=start == body)
+                    o = self.attend(layer, q, *kv, unit, stop <= dense, tail=start == body)
                     for a, b in cut(start, stop, unit):
                         model.behind(layer, x[:, a:b], o[:, :, a - start : b - start], self.ops)
                     q = q[:, :, -keep:]
@@ -366,7 +363,7 @@ class Context:
                     # the first stands for those that are not there, and any for the query to come
                     first = last[:, :, :1].expand(-1, -1, rows, -1)
                     self.recent[:, :, layer] = torch.cat([first, last, first[:, :, :1]], 2)[:, :, -rows:]
-                    how, last = dict(rope=self.clipped, oracle=oracle), last[:, :, -MEMORY_QUERIES:]
+                    last = last[:, :, -MEMORY_QUERIES:]
                     self.selection[layer] = first_memory(last, past[0], self.cfgs[layer], **how)
             self.steps, self.graphs, self.kept = 0, {}, [None] * model.config.layers
             return model.norm("norm", x)
@@ -478,22 +475,18 @@ class Context:
         k: Tensor | hip.Pages,
         v: Tensor | hip.Pages,
         unit: int = 0,
+        dense: bool = False,
         tail: bool = False,
     ) -> Tensor:
         """q (B, H, T, D) attends as the last of the tokens that k and v have: (B, H, T, D).
 
-        unit: 0 in decoding, else as many queries as a dense layer takes at a time.  tail: of a prompt's end.
+        unit: 0 in decoding, else as in `attend_densely`.  dense, tail: what these queries of a prompt are.
         """
-        cfg, T = (self.cfgs if unit else self.decodings)[layer], q.shape[2]
-        if self.method == "dense" or layer < cfg.dense_layers or tail:
+        cfg = (self.cfgs if unit else self.decodings)[layer]
+        if dense or tail or self.method == "dense" or layer < cfg.dense_layers:
             if unit:
-                self.count(1, T, k.shape[2])
-            return self.attend_densely(q, k, v, T if self.method == "dense" else unit or 1, tail)
-        if unit and (n := self.covered(cfg, T, k.shape[2], unit)):
-            first = [q[:, :, :n], *(x[:, :, : x.shape[2] - T + n] for x in (k, v))]
-            self.count(1, n, first[1].shape[2])
-            o = self.attend_densely(*first, unit, False)
-            return o if n == T else torch.cat([o, self.attend(layer, q[:, :, n:], k, v, unit)], 2)
+                self.count(1, q.shape[2], k.shape[2])
+            return self.attend_densely(q, k, v, unit or 1, tail)
         if self.method == "streaming":
             selection = hip.no_blocks(q, k.shape, cfg)
         elif unit:
@@ -505,7 +498,8 @@ class Context:
             if self.ops is not self.kernels and self.method == "hip":
                 return self.attend_kept(layer, q, k, v)
         elif layer in self.alike:
-            self.count(self.alike[layer], T, k.shape[2], (selection, cfg, self.method == "hip"))
+            how = selection, cfg, self.method == "hip"
+            self.count(self.alike[layer], q.shape[2], k.shape[2], how)
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
 
     def attend_kept(self, layer: int, q: Tensor, k: Tensor | hip.Pages, v: Tensor | hip.Pages) -> Tensor:
@@ -525,8 +519,7 @@ class Context:
                 x[:, :, n - 1] = y[:, :, -1].repeat_interleave(x.shape[1] // y.shape[1], 1)
         k, v = (x[:, :, :n] for x in kept)
         if self.clipped is not None:
-            k, at = k.to(torch.float32, copy=True), at[:, :, :n] - self.length + cfg.rope_clip
-            k = hip.rotated(k, at, self.clipped).to(q.dtype)
+            k = hip.rotated(k.clone(), at[:, :, :n] - self.length + cfg.rope_clip, self.clipped)
             q = hip.rotate(q, *(x[cfg.rope_clip] for x in self.clipped)).to(q.dtype)
         return hip.dense_attention(q, k, v)
 
@@ -539,12 +532,19 @@ class Context:
         previous = self.selection[layer] if cfg.memory else None
         return self.kernels.select_blocks(q, k, cfg, previous, rope=self.clipped)
 
-    def covered(self, cfg: HiPConfig, T: int, Tk: int, unit: int) -> int:
-        """How many of T queries, in whole units, may choose all that they do not see anyway: are dense."""
-        n = cfg.covered - (Tk - T)
-        if self.clipped is not None or self.method != "hip":
+    def covered(self, layer: int, T: int, unit: int) -> int:
+        """How many of a prompt's T queries attend densely in this layer, the first ones, in whole units.
+
+        Those that may choose all that they do not see anyway and, on a CPU, those for which a search costs
+        more than it saves.  Where positions are clipped, only before that begins.
+        """
+        cfg, before, Tk = self.cfgs[layer], self.length, self.length + T
+        pays, true = PAYS.get(self.model.device.type, 1), cfg.rope_clip or Tk
+        if self.method == "streaming":
             return 0
-        return T if n >= T else max(0, n) // unit * unit
+        if self.method == "dense" or layer < cfg.dense_layers or Tk <= min(cfg.covered, true):
+            return T
+        return max(0, min(pays * cfg.covered, true, Tk) - before) // unit * unit
 
     def keep(self, layer: int, selection: Selection) -> None:
         """For the next decoding step; where one was recorded, it looks where the old selection is."""
@@ -555,24 +555,28 @@ class Context:
         else:
             self.selection[layer] = selection
 
-    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, size: int, tail: bool) -> Tensor:
-        """To everything, `size` queries at a time; tail: as one query block where positions are clipped.
+    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, unit: int, tail: bool) -> Tensor:
+        """`attend` to everything, `unit` queries at a time if there are keys before them.
 
-        There, and where the device alone knows how many tokens there are, by a window that is everything.
+        Where positions are clipped, a prompt's tail as one query block, and where the device alone knows how
+        many tokens there are: by a window that is everything.
         """
-        T, parts, begun = q.shape[2], [], not isinstance(k, Tensor)
+        T, parts, begun, rope = q.shape[2], [], not isinstance(k, Tensor), self.clipped
         Tk = self.capacity if begun else k.shape[2]
-        for a, b in cut(0, T, size):
+        if rope and not begun and Tk <= self.cfg.rope_clip:  # so far positions are what they are
+            q, k = (hip.rotate(x, *(y[Tk - x.shape[2] : Tk] for y in rope)).to(q.dtype) for x in (q, k))
+            rope = None
+        for a, b in cut(0, T, T if T == Tk or tail and rope else unit):
             x, end = q[:, :, a:b], Tk - T + b
             kv = (k, v) if begun else (k[:, :, :end], v[:, :, :end])
-            if self.clipped is None and not begun:
+            if rope is None and not begun:
                 parts.append(hip.dense_attention(x, *kv))
                 continue
             cfg = replace(self.cfg, window=end, sink=0)
             if tail:
                 cfg = replace(cfg, block_q=1 << (T - 1).bit_length(), stride_q=1)
             everything = hip.no_blocks(x, (*self.shape[1:3], end), cfg)
-            parts.append(self.kernels.sparse_attention(x, *kv, everything, cfg, rope=self.clipped))
+            parts.append(self.kernels.sparse_attention(x, *kv, everything, cfg, rope=rope))
         return torch.cat(parts, 2)
 
     def count(self, layers: int, T: int, Tk: int, how: tuple = ()) -> None:

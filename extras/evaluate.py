@@ -332,7 +332,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, cfg: HiPConfig, rope: hip.Rope | N
     ((_, x),) = hip.query_blocks(q.unflatten(1, (Hkv, -1)), keys, hi, cfg, None)
     every = torch.arange(-(-Tk // cfg.block_k), device=q.device).expand(1, Hkv, 1, -1)
     (b_k,) = hip.gather(x, keys, every, cfg)  # (1, Hkv, 1, any, D)
-    s = (x.q @ b_k.float().transpose(3, 4) * x.scale).masked_fill(hip.later(x, every, cfg), -math.inf)
+    s = x.q @ b_k.transpose(3, 4) * x.scale + hip.later(x, every, cfg, torch.float32)
     return s.softmax(-1).view(H, -1, s.shape[4]).mean(1)[:, :Tk]
 
 

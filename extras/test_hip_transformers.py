@@ -248,7 +248,7 @@ def searches(monkeypatch):
 @pytest.fixture
 def proper(monkeypatch):
     """HiP proper also for queries that may choose everything, for which it is dense attention."""
-    monkeypatch.setattr(hip_transformers, "covered", lambda start, cfg: 0)
+    monkeypatch.setattr(hip_transformers, "covered", lambda *_: 0)
 
 
 # --- the same as the library, and as model.py --------------------------------------------------------------

@@ -917,17 +917,18 @@ def test_models_of_the_same_weights_share_them(tiny):
 
 
 @pytest.mark.parametrize("change", [{}, dict(sink=0, window=1), dict(block_k=2), dict(rope_clip=20)], ids=str)
-def test_prompt_queries_that_may_choose_everything_attend_densely(tiny, change):
+def test_prompt_queries_for_which_a_search_does_not_pay_attend_densely(tiny, change):
     cfg = HiPConfig(**vars(SMALL) | change)
     lo, hi = hip.domain(600, 600, replace(cfg, block_q=1, stride_q=1))
-    count = 0 if cfg.rope_clip else int((hi - lo <= cfg.budget).sum())
-    context = Context(tiny, 600, cfg)
-    assert [context.covered(cfg, T, T, 1) for T in (1, 600)] == [min(1, count), count]
-    assert context.covered(cfg, 600 - 9, 600, 1) == max(0, count - 9)
-    assert context.covered(cfg, 600, 600, 64) == count // 64 * 64
-    notes = watch_attention(context)
-    context.prefill(some_tokens(count or 30))
-    assert cfg.rope_clip or all(note.dense for note in notes)
+    context, true = Context(tiny, 600, cfg), cfg.rope_clip or 600
+    count = int((hi - lo <= cfg.budget).sum())  # for these it would be the same
+    assert [context.covered(0, T, 1) for T in (1, 600)] == [1, min(llama.PAYS["cpu"] * count, true)]
+    assert context.covered(0, 600, 64) == min(llama.PAYS["cpu"] * count, true) // 64 * 64
+    assert context.covered(0, count, 64) == (count if count <= true else true // 64 * 64)
+    context.length = 9
+    assert context.covered(0, 591, 1) == min(llama.PAYS["cpu"] * count, true) - 9
+    context.length, tokens = 0, some_tokens(min(count, true))
+    close(context.prefill(tokens), Context(tiny, 600, cfg, "dense").prefill(tokens))
 
 
 def test_the_first_layers_attend_densely_when_told_so(tiny):
