@@ -158,7 +158,11 @@ class Llama:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         weights = self.joint if name + ".weight" in self.joint else self.weights
-        return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
+        weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
+        if x.numel() == x.shape[-1] and x.device.type == "cpu":  # decoding: faster than by `linear`
+            x = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+            return x if bias is None else x + bias
+        return F.linear(x, weight, bias)
 
     def norm(self, name: str, *x: Tensor, norm: Callable[..., Tensor] = norm) -> Tensor:
         return norm(self.weights[name + ".weight"], self.config.norm_eps, *x)
