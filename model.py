@@ -32,7 +32,7 @@ from hip import HiPConfig, Selection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 MEMORY_QUERIES = 16  # last queries of a prompt whose exact selection is decoding's first memory
-PAYS = dict(cpu=3)  # by how much a text must be longer than what is `covered` for a search to pay, else 1
+PAYS = 3  # by how much a text must be longer than what is `covered` for a search to save more than it costs
 METHODS = ("hip", "dense", "streaming")
 JOINT = dict(
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mlp=("mlp.gate_proj", "mlp.up_proj")
@@ -539,16 +539,16 @@ class Context:
     def covered(self, layer: int, T: int, unit: int) -> int:
         """How many of a prompt's T queries attend densely in this layer, the first ones, in whole units.
 
-        Those that may choose all that they do not see anyway and, on a CPU, those for which a search costs
-        more than it saves.  Where positions are clipped, only before that begins.
+        Those that may choose all that they do not see anyway, and those for which a search does not pay.
+        Where positions are clipped, only before that begins.
         """
         cfg, before, Tk = self.cfgs[layer], self.length, self.length + T
-        pays, true = PAYS.get(self.model.device.type, 1), cfg.rope_clip or Tk
+        true = cfg.rope_clip or Tk
         if self.method == "streaming":
             return 0
         if self.method == "dense" or layer < cfg.dense_layers or Tk <= min(cfg.covered, true):
             return T
-        return max(0, min(pays * cfg.covered, true, Tk) - before) // unit * unit
+        return max(0, min(PAYS * cfg.covered, true, Tk) - before) // unit * unit
 
     def keep(self, layer: int, selection: Selection) -> None:
         """For the next decoding step; where one was recorded, it looks where the old selection is."""

@@ -184,9 +184,7 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
     latest = q if row is None or recent is None else torch.cat([recent, q], 2)
     latest = latest[:, :, -max(MEMORY_QUERIES, decoding(cfg).block_q) :]
     start = T - Tq - steps % cfg.refresh_interval  # where the first query's selection is, or would be, from
-    first = (
-        0 if isinstance(k, hip.Pages) else body if dense else min(body, covered(start, own, q.device, unit))
-    )
+    first = 0 if isinstance(k, hip.Pages) else body if dense else min(body, covered(start, own, unit))
     for a, b in [
         *cut(0, first, T if T == Tq else unit),
         *[(first, body)] * (first < body),
@@ -216,13 +214,13 @@ def as_many(latest: Tensor, rows: int) -> Tensor:
     return torch.cat([first, latest], 2)[:, :, -rows:]
 
 
-def covered(start: int, cfg: HiPConfig, device: torch.device, unit: int) -> int:
+def covered(start: int, cfg: HiPConfig, unit: int) -> int:
     """How many queries from position `start` on attend densely, as in `Context.covered`.
 
-    By default the first 1,343 tokens of a text, in early layers the first 4,415; on a CPU 3,584 and 12,800.
+    By default the first 3,584 tokens of a text, in early layers the first 12,800; 1,343 and 12,288 on a GPU.
     """
     same = -(-(cfg.covered - start) // cfg.block_q) * cfg.block_q
-    return max(0, same, (PAYS.get(device.type, 1) * cfg.covered - start) // unit * unit)
+    return max(0, same, (PAYS * cfg.covered - start) // unit * unit)
 
 
 def begun(recent: Tensor | None, k: Tensor, cfg: HiPConfig, scale: float | None) -> Selection | None:
