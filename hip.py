@@ -331,9 +331,10 @@ def query_blocks(q, keys, hi, cfg, scale, stride=1) -> Iterator[tuple[slice, Que
     """
     (B, S, group, Tq, D), Tk, rows = q.shape, keys.shape[2], min(cfg.block_q, q.shape[3])  # of a head
     row, scale = torch.arange(0, rows, stride, device=q.device), D**-0.5 if scale is None else scale
-    # so many at a time that what they gather fits the cache; a power of two, so that a prompt is cut alike in
-    # pieces of any multiple of PIECE queries
-    n = min(GATHERED // (B * S * (cfg.top_k + cfg.sink + cfg.window + cfg.block_q)), PIECE // cfg.block_q)
+    # so many at a time that what they gather fits the cache, in a search by fewer rows fewer keys; a power of
+    # two, so that a prompt is cut alike in pieces of any multiple of PIECE queries
+    each = cfg.top_k // stride + cfg.sink + cfg.window + cfg.block_q
+    n = min(GATHERED // (B * S * each), PIECE // cfg.block_q)
     n = 1 << max(1, n).bit_length() - 1
     for i in (slice(start, min(len(hi), start + n)) for start in range(0, len(hi), n)):
         first = torch.arange(i.start * rows, i.stop * rows, rows, device=q.device)  # among the queries
