@@ -185,11 +185,8 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
     latest = latest[:, :, -max(MEMORY_QUERIES, decoding(cfg).block_q) :]
     start = T - Tq - steps % cfg.refresh_interval  # where the first query's selection is, or would be, from
     first = 0 if isinstance(k, hip.Pages) else body if dense else min(body, covered(start, own, unit))
-    for a, b in [
-        *cut(0, first, T if T == Tq else unit),
-        *[(first, body)] * (first < body),
-        *cut(body, Tq, unit),
-    ]:
+    whole = T if T == Tq else unit  # without keys before the queries
+    for a, b in [*cut(0, first, whole), *[(first, body)] * (first < body), *cut(body, Tq, unit)]:
         k, v = past if b == Tq else (x[:, :, : T - Tq + b] for x in past)
         if (a, b) != (first, body):
             out.append(hip.dense_attention(q[:, :, a:b], k, v, scale=scale))

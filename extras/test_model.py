@@ -933,6 +933,14 @@ def test_prompt_queries_for_which_a_search_does_not_pay_attend_densely(tiny, cha
     close(context.prefill(tokens), Context(tiny, 600, cfg, "dense").prefill(tokens))
 
 
+def test_a_prompt_attends_densely_until_a_search_pays(tiny):
+    cfg = replace(SMALL, top_k=256, dense_tail=70, early_factor=1)
+    context = Context(tiny, 1100, cfg)
+    notes = watch_attention(context)
+    context.prefill(some_tokens(1100), chunk=512)
+    assert [(x.q.shape[2], x.dense) for x in notes] == [(512, True), (518, False), (70, True)] * 3
+
+
 def test_the_first_layers_attend_densely_when_told_so(tiny):
     calls = []
     context = Context(tiny, 400, HiPConfig(**vars(SMALL) | dict(dense_layers=2)), kernels=watched(calls))
