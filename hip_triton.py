@@ -355,12 +355,8 @@ def select_blocks(
     constants = search_constants(*group, min(Tq, cfg.block_q))
     if previous is not None:
         hip.check_selection(previous, "previous", B, (S,), NQ)
-    if (
-        length is None
-        and constants["ROWS"] * D > MOST_QUERIES
-        or isinstance(k, Pages)
-        and not reachable(k.store[0], q.device)
-    ):
+    fits = length is not None or constants["ROWS"] * D <= MOST_QUERIES
+    if not fits or isinstance(k, Pages) and not reachable(k.store[0], q.device):
         return hip.select_blocks(q, k, cfg, previous, scale=scale, rope=rope)
     if isinstance(k, Pages):
         k = k.store[0][:, :, :Tk]
@@ -926,9 +922,7 @@ class OffloadedKVCache(hip.OffloadedKVCache):
 
 SPLIT_ROWS = 64  # rows of a query block up to which tokens are split; more are work enough as they are
 SPLIT_TOKENS, MOST_PARTS = 128, 64  # of split_kernel: tokens of a program, and programs of a query block
-MOST_QUERIES = (
-    65536  # numbers that the rows of a search may have, which stay in shared memory: 512 rows of 128
-)
+MOST_QUERIES = 65536  # numbers that the rows of a search may have, as they stay in shared memory: 512 x 128
 
 
 def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dict:

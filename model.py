@@ -290,11 +290,8 @@ class Context:
         # number, so a GPU may record it once, one with a search and one without, and replay it
         self.end, self.graphs = None, {}  # (1,) tokens after the step; by whether it searches
         if self.ops is kernels and method != "streaming":
-            if (
-                self.cache is None
-                or not cfg.dense_layers
-                and kernels.reachable(self.cache.store, model.device)
-            ):
+            near = self.cache is None or kernels.reachable(self.cache.store, model.device)
+            if near and not (self.cache and cfg.dense_layers):
                 self.end = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.calls: list[tuple] = []  # of attention, still to be counted: layers, Tq, Tk, how
         self.counting: dict[int, Selection] = {}  # of decoding, for that, of layers of `alike`
@@ -473,14 +470,7 @@ class Context:
         return past
 
     def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor | hip.Pages,
-        v: Tensor | hip.Pages,
-        unit: int = 0,
-        dense: bool = False,
-        tail: bool = False,
+        self, layer: int, q: Tensor, k: hip.Keys, v: hip.Keys, unit: int = 0, dense=False, tail=False
     ) -> Tensor:
         """q (B, H, T, D) attends as the last of the tokens that k and v have: (B, H, T, D).
 
@@ -506,7 +496,7 @@ class Context:
             self.count(self.alike[layer], q.shape[2], k.shape[2], how)
         return self.kernels.sparse_attention(q, k, v, selection, cfg, rope=self.clipped)
 
-    def attend_kept(self, layer: int, q: Tensor, k: Tensor | hip.Pages, v: Tensor | hip.Pages) -> Tensor:
+    def attend_kept(self, layer: int, q: Tensor, k: hip.Keys, v: hip.Keys) -> Tensor:
         """`attend` of a step by hip.py, which must gather: once for all steps that share a selection.
 
         Each adds its own key and value, so that it is dense attention to few keys, side by side in memory.
@@ -527,7 +517,7 @@ class Context:
             q = hip.rotate(q, *(x[cfg.rope_clip] for x in self.clipped)).to(q.dtype)
         return hip.dense_attention(q, k, v)
 
-    def search(self, layer: int, q: Tensor, k: Tensor | hip.Pages, cfg: HiPConfig) -> Selection:
+    def search(self, layer: int, q: Tensor, k: hip.Keys, cfg: HiPConfig) -> Selection:
         """What a step's query (B, H, 1, D) attends to: at every refresh_interval-th step chosen anew."""
         recent = self.recent[:, :, layer].index_copy_(2, self.place, q)
         if self.steps % cfg.refresh_interval:

@@ -66,9 +66,7 @@ class Case:
     scale: float | None = None
     old: str | None = None  # what previous is: "random" blocks of the domain, or "wild"
     width: int = 1  # of a wild one
-    rounded: bool = (
-        False  # rows that are rotated are rounded to the dtype before they are scored, as by kernels
-    )
+    rounded: bool = False  # rotated rows are rounded to the dtype before they are scored, as by kernels
 
     def __post_init__(self):
         self.S, self.NQ = self.H if self.cfg.per_head else self.Hkv, -(-self.Tq // self.cfg.block_q)
