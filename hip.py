@@ -17,7 +17,8 @@ beside the fields of `HiPConfig`.
     B texts, H query heads, Hkv key heads, Tq and Tk tokens, D head size
     S heads that search (Hkv, or H with per_head), NQ query blocks of each, n of them worked on at a time
     M = top_k // block_k nodes of a search, and blocks that it may choose
-    R rows of a query block, C key blocks, N keys of one (fewer where a stride leaves some out)
+    R rows of a query block: of each head of a group block_q, or in a search every stride_q-th of these
+    C key blocks, N keys of one: block_k, or in a search every stride_k-th of these
 
 Layout is (B, H, T, D).  Query head h reads key head h // (H // Hkv).  Queries are the last Tq of Tk tokens,
 row i at position Tk - Tq + i, so that reading a prompt, reading it in pieces and decoding are one function.
@@ -125,7 +126,7 @@ class HiPConfig:
 
     @property
     def covered(self) -> int:
-        """First tokens of a text, which may choose everything: for them HiP is dense attention."""
+        """First tokens of a text, which may choose everything: HiP is dense attention, unless clipped."""
         return (self.sink_blocks + self.budget + 1) * self.block_k + self.window - 1
 
     def rounds(self, n: int) -> int:
@@ -162,8 +163,8 @@ def select_blocks(
     rope: with cfg.rope_clip, for q and k not rotated yet (`rotated`): rope_clip + block_q positions or more.
 
     Returns a Selection.  ValueError when shapes, dtypes or devices do not fit together.
-    All queries of a block make its choice: which blocks of the past one of them gets can depend on later ones
-    and, with "mass", on keys that these see; on nothing behind the block.  Attention itself is causal.
+    Within a query block the choice is not causal: blocks that a row gets can depend on later rows of it and,
+    with "mass", on keys that those see; on nothing behind the block.  Attention itself is causal.
     Differs from the paper: one search for the query heads that share a key head (not with cfg.per_head); a
     score that estimates attention mass (not with cfg.score="max"); `previous`, whose better blocks stay.
     """
@@ -222,8 +223,8 @@ def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tup
         block = {"center": (f + l) // 2, "first": f, "last": l - 1}[cfg.representative]
         block = block.where(f < l, NO_BLOCK)  # Alg. 1, l. 9-10: one block speaks for all
         if scores is not None and r == rounds - 1 and cfg.representative == "center":
-            # a node is [f, f + 2) now, for which f + 1 spoke, its right branch; or [f, f + 1), which splits
-            # into nothing and itself.  So the right branches are scored already
+            # nodes have one or two blocks now; the center, which has spoken for them, is their right branch:
+            # only the left ones are still to be scored
             scores = torch.stack([score(block[..., ::2]), scores], -1).flatten(-2)
         else:
             scores = score(block)
@@ -236,8 +237,8 @@ def search(hi: Tensor, score: Callable[[Tensor], Tensor], cfg: HiPConfig) -> tup
 def score_blocks(x: QueryBlocks, keys: Rows | Pages, seen: Tensor, cfg: HiPConfig, blocks: Tensor) -> Tensor:
     """What key blocks (B, S, n, C) are worth to their query blocks: as many float32, at least LOWEST.
 
-    "max": the largest product.  "mass": log(sum over rows of exp(the row's largest product) / exp(seen)), an
-    estimate of attention from the loudest key: no row outvotes the rest by being loud.  seen: `seen_anyway`.
+    "max": the largest product.  "mass": the log of the sum over rows of exp(the row's largest product - what
+    it has seen), an estimate of attention: no row outvotes the rest by being loud.  seen: of `seen_anyway`.
     """
     b_k, *_ = gather(x, keys, blocks, cfg)  # (B, S, n, C * N, D)
     s = (b_k @ x.q.transpose(3, 4)).unflatten(3, (blocks.shape[3], -1))  # (B, S, n, C, N, R)
@@ -331,10 +332,10 @@ def query_blocks(q, keys, hi, cfg, scale, stride=1) -> Iterator[tuple[slice, Que
     """
     (B, S, group, Tq, D), Tk, rows = q.shape, keys.shape[2], min(cfg.block_q, q.shape[3])  # of a head
     row, scale = torch.arange(0, rows, stride, device=q.device), D**-0.5 if scale is None else scale
-    # so many at a time that what they gather fits the cache, in a search by fewer rows fewer keys; a power of
-    # two, so that a prompt is cut alike in pieces of any multiple of PIECE queries
-    each = cfg.top_k // stride + cfg.sink + cfg.window + cfg.block_q
-    n = min(GATHERED // (B * S * each), PIECE // cfg.block_q)
+    # so many at a time that what they gather, in a search by some of the rows 2 * M blocks, fits the cache; a
+    # power of two, so that a prompt is cut alike in pieces of any multiple of PIECE queries
+    chosen = cfg.top_k if stride == 1 else 2 * cfg.top_k // cfg.stride_k
+    n = min(GATHERED // (B * S * (chosen + cfg.sink + cfg.window + cfg.block_q)), PIECE // cfg.block_q)
     n = 1 << max(1, n).bit_length() - 1
     for i in (slice(start, min(len(hi), start + n)) for start in range(0, len(hi), n)):
         first = torch.arange(i.start * rows, i.stop * rows, rows, device=q.device)  # among the queries
@@ -368,8 +369,8 @@ def tokens_of(blocks: Tensor, cfg: HiPConfig, stride: int = 1) -> Tensor:
 def later(x: QueryBlocks, blocks: Tensor, cfg: HiPConfig, dtype: torch.dtype) -> Tensor:
     """The causal mask: -inf where a key of blocks (B, S, n, C) is later than a row, or none, else 0.
 
-    (.., R, C * N).  All rows see what lies before the first: where query blocks differ in that alone,
-    (1, 1, 1, ..) is enough.
+    (.., R, C * N): one for each query block, or (1, 1, 1, ..) where these differ only in what lies before
+    their first rows, which all rows see.
     """
     # by how much a token is later than the first row; by block_q it is later than any
     behind = (tokens_of(blocks, cfg) - x.first[:, None]).clamp(0, cfg.block_q)
@@ -384,7 +385,8 @@ def gather(x: QueryBlocks, keys: Rows | Pages, blocks: Tensor, cfg: HiPConfig, d
     """Keys (B, S, n, C * N, D) of blocks (B, S, n, C), as these query blocks see them, and values if any."""
     b_k, *b_v = (y.flatten(3, 4).to(dtype) for y in keys.take(blocks))
     if keys.rope is not None:
-        at = tokens_of(blocks, cfg, cfg.block_k * blocks.shape[3] // b_k.shape[3]) - x.first[:, None]
+        stride = cfg.block_k * blocks.shape[3] // b_k.shape[3]  # of the rows that keys has
+        at = tokens_of(blocks, cfg, stride) - x.first[:, None]
         b_k = rotated(b_k, at + cfg.rope_clip, keys.rope)
     return [b_k, *b_v]
 

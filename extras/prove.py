@@ -707,7 +707,7 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
      "y[cfg.rope_clip + row] for y", "y[cfg.rope_clip + 0 * row] for y"),
     ("rows begin one position late", "y[cfg.rope_clip + row] for y", "y[cfg.rope_clip - 1 + row] for y"),
     ("keys count from the last row",
-     "b_k.shape[3]) - x.first[:, None]", "b_k.shape[3]) - (x.first + x.row[-1])[:, None]"),
+     "cfg, stride) - x.first[:, None]", "cfg, stride) - (x.first + x.row[-1])[:, None]"),
     ("keys are clipped one position late",
      "rotated(b_k, at + cfg.rope_clip, keys.rope)", "rotated(b_k, at + cfg.rope_clip - 1, keys.rope)"),
     ("far for one query block is far for all",
