@@ -331,12 +331,13 @@ class Context:
         Differs from the paper: the dense tail, by which the question at the end finds its needle.
         """
         cfg, model, T, end = self.cfg, self.model, tokens.shape[1], self.length + tokens.shape[1]
-        keep = max(MEMORY_QUERIES, (rows := self.recent.shape[3]) - 1)
+        rows = self.recent.shape[3]
+        keep = max(MEMORY_QUERIES, rows - 1)
         how = dict(rope=self.clipped, oracle=getattr(self.kernels, "oracle_blocks", hip.oracle_blocks))
         if chunk < 1 or chunk % cfg.block_q:
             raise ValueError(f"the chunk must be a multiple of block_q={cfg.block_q}, not {chunk}")
         with self.reading(tokens) as x:
-            unit = max(cfg.block_q, hip.PIECE * (1 if model.device.type == "cpu" else 8))
+            unit = at_a_time(cfg, model.device)
             body = max(0, T - cfg.dense_tail) if self.method == "hip" else T
             rope = model.rope(self.length, end) if self.clipped is None else None
             for layer in range(model.config.layers):
@@ -571,12 +572,17 @@ class Context:
                 cfg = replace(cfg, block_q=1 << (T - 1).bit_length(), stride_q=1)
             everything = hip.no_blocks(x, (*self.shape[1:3], end), cfg)
             parts.append(self.kernels.sparse_attention(x, *kv, everything, cfg, rope=rope))
-        return torch.cat(parts, 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def count(self, layers: int, T: int, Tk: int, how: tuple = ()) -> None:
         """Note attention of T queries to Tk keys in so many layers: dense, or what count_scores asks."""
         self.dense_scores += layers * (T * Tk - T * (T - 1) // 2)
         self.calls.append((layers, T, Tk, how))
+
+
+def at_a_time(cfg: HiPConfig, device: torch.device) -> int:
+    """Queries of a prompt that linear layers, and dense attention to keys before them, take at a time."""
+    return max(cfg.block_q, hip.PIECE * (1 if device.type == "cpu" else 8))
 
 
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hip  # noqa: E402
 from hip import HiPConfig, Selection  # noqa: E402
-from model import MEMORY_QUERIES, PAYS, cut, first_memory  # noqa: E402
+from model import MEMORY_QUERIES, PAYS, at_a_time, cut, first_memory  # noqa: E402
 
 try:
     import transformers
@@ -179,7 +179,7 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
     a cache's `hip.Pages`.  dense: whether the layer is.
     """
     (k, v), (steps, recent, kept), lib, out = past, row or NOTHING, kernels(q.device, q.shape[3]), []
-    Tq, T, unit = q.shape[2], k.shape[2], max(cfg.block_q, hip.PIECE * (1 if q.device.type == "cpu" else 8))
+    Tq, T, unit = q.shape[2], k.shape[2], at_a_time(cfg, q.device)
     own, body = (decoding(cfg), Tq) if row else (cfg, max(0, Tq - cfg.dense_tail))
     latest = q if row is None or recent is None else torch.cat([recent, q], 2)
     latest = latest[:, :, -max(MEMORY_QUERIES, decoding(cfg).block_q) :]

@@ -247,7 +247,7 @@ def searches(monkeypatch):
 
 @pytest.fixture
 def proper(monkeypatch):
-    """HiP proper also for queries that may choose everything, for which it is dense attention."""
+    """HiP proper also for queries that `covered` lets attend densely."""
     monkeypatch.setattr(hip_transformers, "covered", lambda *_: 0)
 
 
