@@ -119,10 +119,12 @@ class HiPConfig:
     def decoding(self) -> HiPConfig:
         """For decoding: the latest queries search together, as many as then share the selection.
 
-        So a query block is of time, not of one step, and what was wanted lately stays in sight.
+        So a query block is of time, not of one step, and what was wanted lately stays in sight.  These are
+        few queries, which can afford to look at twice as many keys of a block.
         """
         rows = min(self.block_q, self.refresh_interval) if self.memory else 1
-        return replace(self, block_q=1 << rows.bit_length() - 1, stride_q=1)  # a power of two
+        block_q = 1 << rows.bit_length() - 1  # a power of two
+        return replace(self, block_q=block_q, stride_q=1, stride_k=max(1, self.stride_k // 2))
 
     @property
     def covered(self) -> int:

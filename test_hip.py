@@ -380,9 +380,10 @@ def test_a_configuration_of_version_1_is_told_what_replaces_its_beam():
 @pytest.mark.parametrize("steps, rows", [(1, 1), (3, 2), (8, 8), (100, 16)])
 def test_as_many_queries_search_in_decoding_as_then_share_a_selection(steps, rows):
     cfg = HiPConfig(block_q=16, stride_q=4, refresh_interval=steps)
-    assert cfg.decoding == replace(cfg, block_q=rows, stride_q=1) == cfg.decoding.decoding
+    assert cfg.decoding == replace(cfg, block_q=rows, stride_q=1, stride_k=cfg.stride_k // 2)
     alone = replace(cfg, memory=False)
-    assert alone.decoding == replace(alone, block_q=1, stride_q=1)
+    assert alone.decoding == replace(cfg.decoding, memory=False, block_q=1)
+    assert replace(cfg, stride_k=1).decoding.stride_k == 1
 
 
 def test_early_layers_choose_more():

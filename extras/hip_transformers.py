@@ -184,7 +184,8 @@ def read(row: Row | None, q: Tensor, past: list, cfg: HiPConfig, scale: float | 
     latest = q if row is None or recent is None else torch.cat([recent, q], 2)
     latest = latest[:, :, -max(MEMORY_QUERIES, decoding(cfg).block_q) :]
     start = T - Tq - steps % cfg.refresh_interval  # where the first query's selection is, or would be, from
-    first = 0 if isinstance(k, hip.Pages) else body if dense else min(body, covered(start, own, unit))
+    first = body if dense else min(body, covered(start, own, 0 if row else unit))
+    first = 0 if isinstance(k, hip.Pages) else first
     whole = T if T == Tq else unit  # without keys before the queries
     for a, b in [*cut(0, first, whole), *[(first, body)] * (first < body), *cut(body, Tq, unit)]:
         k, v = past if b == Tq else (x[:, :, : T - Tq + b] for x in past)
@@ -212,12 +213,12 @@ def as_many(latest: Tensor, rows: int) -> Tensor:
 
 
 def covered(start: int, cfg: HiPConfig, unit: int) -> int:
-    """How many queries from position `start` on attend densely, as in `Context.covered`.
+    """How many queries from position `start` on attend densely, as in `Context.covered`; unit: 0 in decoding.
 
-    By default the first 3,584 tokens of a text, in early layers the first 12,800; 1,343 and 12,288 on a GPU.
+    By default the first 3,584 tokens of a prompt, in early layers 12,800; 1,343 and 12,288 on a GPU.
     """
     same = -(-(cfg.covered - start) // cfg.block_q) * cfg.block_q
-    return max(0, same, (PAYS * cfg.covered - start) // unit * unit)
+    return max(0, same, (PAYS * cfg.covered - start) // unit * unit if unit else 0)
 
 
 def begun(recent: Tensor | None, k: Tensor, cfg: HiPConfig, scale: float | None) -> Selection | None:

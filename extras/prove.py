@@ -86,7 +86,7 @@ def source(
     cfg = replace(cfg.decoding if "step" in kinds else cfg, rope_clip=4096 if "rope" in kinds else None)
     group = (cfg, H // Hkv, 1, D, dtype)
     constants = {
-        "search": lambda: hip_triton.search_constants(*group, 1 if "step" in kinds else cfg.block_q),
+        "search": lambda: hip_triton.search_constants(*group, cfg.block_q),
         "attention": lambda: hip_triton.attention_constants(*group, M),
         "split": lambda: hip_triton.split_constants(*group, M, 1),
         "merge": lambda: dict(D=D, PARTS=11),
@@ -797,7 +797,8 @@ MUTANTS = [  # file, name, text that stands once in it, text in its place
     ("cache: bound grows with the text", "round * cfg.rounds(pages)", "round * (pages // 256)"),
     ("early layers choose as late ones do", "top_k=self.top_k * more, early", "top_k=self.top_k, early"),
     ("decoding searches by one query", "rows = min(self.block_q, self.refresh_interval) if", "rows = 1 if"),
-    ("of the latest queries only some search", "bit_length() - 1, stride_q=1)", "bit_length() - 1)"),
+    ("of the latest queries only some search", "block_q=block_q, stride_q=1,", "block_q=block_q,"),
+    ("decoding looks at no more keys", "max(1, self.stride_k // 2)", "self.stride_k"),
     ("late layers choose as early ones do", "if 2 * layer < layers else 1", "if layer < layers else 1"),
     ("the layer in the middle is early", "if 2 * layer < layers else 1", "if 2 * layer <= layers else 1"),
     ("cache: begun page in place of what is no block",

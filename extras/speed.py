@@ -5,6 +5,7 @@
     python extras/speed.py attention --against ../old   # and by the code of a git worktree, in turn
     python extras/speed.py model                        # SmolLM2-135M reads a text and writes behind it
     python extras/speed.py model --shape 8b --device cuda    # random weights in the shape of Llama 3 8B
+    python extras/speed.py transformers --checkpoint DIR    # a model of the library, on one GPU or on several
     python extras/speed.py offload                      # decoding of one layer, its keys here or elsewhere
     python extras/speed.py offload --tokens 1000000 --layers 30 --stores disk --dtype bfloat16 --folder DIR
     python extras/speed.py attention --help             # the options of one of them
@@ -24,7 +25,9 @@ import ctypes
 import functools
 import gc
 import hashlib
+import io
 import json
+import os
 import statistics
 import sys
 from collections import Counter
@@ -46,7 +49,7 @@ from tqdm import tqdm
 
 import hip
 from hip import HiPConfig, OffloadedKVCache
-from model import Context, Llama, Tokenizer, default_dtype, load
+from model import Context, Llama, Tokenizer, default_dtype, load, packaged_model
 
 Job = tuple[dict, Callable[[], dict]]  # settings under which a result is kept, and what measures it
 
@@ -332,7 +335,7 @@ def show_decoding(records: list[dict]) -> bool:
 
 # --- a whole model -----------------------------------------------------------------------------------------
 
-WAYS = ("dense", "dense-flash", "hip", "unclipped", "host", "disk", "pytorch")
+WAYS = ("dense", "dense-flash", "hip", "unclipped", "host", "disk", "pytorch", "llama.cpp")
 REST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BACKENDS = {"dense": [SDPBackend.CUDNN_ATTENTION, *REST], "dense-flash": REST}
 
@@ -367,6 +370,8 @@ def model_row(T: int, name: str, cfg: HiPConfig, options: argparse.Namespace) ->
     text = torch.randint(model.config.vocabulary, (B, T + room), generator=g).to(model.device)
     if tokenizer:
         text = torch.tensor([measuring.natural_text(tokenizer, T + room)] * B, device=model.device)
+    if name == "llama.cpp":
+        return llama_cpp_row(text[0].tolist(), T, options)
     kernels = hip if name == "pytorch" else options.kernels
     how = dict(
         kernels=kernels,
@@ -396,13 +401,39 @@ def model_row(T: int, name: str, cfg: HiPConfig, options: argparse.Namespace) ->
     peak = {"peak GB beside the weights": memory[name] and memory[name] / 1e9}
     seconds = statistics.median(times[name]), row["ms a step"] / 1000
     shares = ", ".join(f"{x / y:.0%}" for x, y in zip(floors, seconds, strict=True))
-    speeds = {
-        "seconds to read": seconds[0],
-        "prefill tokens/s": B * T / seconds[0],
-        "decoding tokens/s": B / seconds[1],
-        "of the floor: reading, decoding": shares,
-    }
-    return {"rows": [{"way": name} | speeds | row | peak]}
+    shares = {"of the floor: reading, decoding": shares}
+    return {"rows": [{"way": name} | speeds(B, T, *seconds) | shares | row | peak]}
+
+
+def speeds(B: int, T: int, reading: float, step: float) -> dict:
+    each = {"prefill tokens/s": B * T / reading, "decoding tokens/s": B / step}
+    return {"seconds to read": reading} | each
+
+
+def llama_cpp_row(tokens: list[int], T: int, options: argparse.Namespace) -> dict:
+    """What a CPU's user would take instead, with as many threads: quantised weights, dense attention."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise ValueError("llama.cpp needs its package: `pip install llama-cpp-python`") from error
+    threads = torch.get_num_threads()
+    sizes = dict(n_ctx=len(tokens), n_threads=threads, n_threads_batch=threads)
+    other = llama_cpp.Llama(str(options.model or packaged_model()), **sizes, flash_attn=True, verbose=False)
+
+    def read() -> float:
+        other.reset()
+        began = now()
+        other.eval(tokens[:T])
+        return now() - began
+
+    def step(i: int) -> torch.Tensor:
+        other.eval(tokens[T + i : T + i + 1])
+        return torch.tensor(other.sample(temp=0))
+
+    times, _ = take_turns({"llama.cpp": read}, options, lambda run: run(), options.repeats)
+    (row,) = decode([Way("llama.cpp", step)], options)
+    reading = statistics.median(times["llama.cpp"])
+    return {"rows": [{"way": "llama.cpp"} | speeds(1, T, reading, row["ms a step"] / 1000) | row]}
 
 
 def model(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> Iterator[Job]:
@@ -415,19 +446,118 @@ def model(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> I
     unclipped           the same without clipping, for its time: it answers nonsense there
     host, disk          hip with keys and values in host memory, in a file
     pytorch             hip.py on a GPU, where the others run hip_triton.py
+    llama.cpp           the same GGUF file by llama-cpp-python, on a CPU, with as many threads
 
     Of the floor: the least time for weights, keys and values, and arithmetic, as a share of the time.
     """
     trained, name = options.loaded()[0].config.context, options.model or options.shape
     for T, each in product(options.tokens, options.ways):
         long = T + WARM + ROUNDS * options.steps > trained
-        if (each == "unclipped" and not long) or (
-            each in ("dense-flash", "pytorch") and options.device == "cpu"
-        ):
+        elsewhere = {"cpu": ("dense-flash", "pytorch"), "cuda": ("llama.cpp",)}[options.device]
+        if (each == "unclipped" and not long) or each in elsewhere:
             continue
         own = replace(cfg, rope_clip=trained // 2) if long and each != "unclipped" else cfg
         same = dict(tokens=T, way=each, model=name, steps=options.steps, batch=options.batch)
         yield same, partial(model_row, T, each, own, options)
+
+
+# --- a model of the library transformers -------------------------------------------------------------------
+
+LIBRARY_WAYS = ("sdpa", "hip", "host")
+
+
+def make_checkpoint(folder: str, shape: str, device: str) -> None:
+    """Save random weights as a Llama of the library."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        head_dim=sizes["head_size"],
+        intermediate_size=sizes["hidden"],
+        vocab_size=sizes["vocabulary"],
+        max_position_embeddings=sizes["context"],
+        tie_word_embeddings=sizes["tied"],
+        rope_parameters=dict(rope_type="default", rope_theta=5e5),
+    )
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    weights = measuring.random_model(shape, torch.bfloat16, device).weights.items()
+    named = {x if x.startswith("lm_head") else f"model.{x}": y.contiguous() for x, y in weights}
+    empty.save_pretrained(folder, state_dict=named)
+
+
+@torch.inference_mode()
+def library_row(model: Callable, name: str, T: int, cfg: HiPConfig, options: argparse.Namespace) -> dict:
+    """The model reads T random tokens and goes on greedily: the second time of both counts."""
+    from hip_transformers import HiPOffloadedCache
+    from transformers import DynamicCache
+
+    model, room, times = model(), T + WARM + options.steps, []
+    model.config.hip = cfg
+    model.set_attn_implementation("sdpa" if name == "sdpa" else "hip")
+    g = torch.Generator().manual_seed(0)
+    text = torch.randint(model.config.vocab_size, (1, T), generator=g).to(model.device)
+
+    def following(tokens: torch.Tensor) -> torch.Tensor:
+        began = now()
+        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        new = logits[:, -1:].argmax(-1)
+        times.append(now() - began)
+        return new
+
+    for _ in range(2):
+        cache = HiPOffloadedCache(model.config, room) if name == "host" else DynamicCache(config=model.config)
+        with sdpa_kernel(BACKENDS["dense"], set_priority=True) if text.is_cuda else nullcontext():
+            written = [following(text)]
+    for _ in range(WARM + options.steps):
+        written.append(following(written[-1]))
+    step = 1000 * statistics.mean(times[2 + WARM :])
+    return {"seconds to read": times[1], "ms a step": step, "written": fingerprint(torch.cat(written, 1))}
+
+
+def transformers(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> Iterator[Job]:
+    """A Llama of the library reads random tokens and writes: by sdpa, by HiP, with keys in host memory.
+
+    --checkpoint: its folder, made of random weights where there is none and --shape says which.  On several
+    GPUs of one host, each with its share of the heads, in place of python:
+
+        torchrun --nproc-per-node 2 extras/speed.py transformers --checkpoint DIR --device cuda
+
+    "written" is a fingerprint of the tokens.  With --dtype float32 it shows whether one GPU writes the same:
+    in 16 bits sums that are made in another order round otherwise.
+    """
+    from hip_transformers import register
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    register()
+    folder, processes = options.checkpoint, int(os.environ.get("WORLD_SIZE", 1))
+    if not (Path(folder) / "config.json").is_file():
+        if not options.shape or processes > 1:
+            raise ValueError(f"{folder} has no model: make one, by one process, with --shape")
+        make_checkpoint(folder, options.shape, options.device)
+    how = dict(dtype=options.dtype, attn_implementation="hip")
+    how |= dict(distributed_config=DistributedConfig(tp_plan="auto")) if processes > 1 else {}
+
+    @functools.cache
+    def model() -> torch.nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(folder, **how)
+        return model if processes > 1 else model.to(options.device)
+
+    for T, name in product(options.tokens, options.ways):
+        same = dict(tokens=T, way=name, model=folder, processes=processes, steps=options.steps)
+        yield same, partial(library_row, model, name, T, cfg, options)
+
+
+def show_library(records: list[dict]) -> bool:
+    names = "tokens", "way", "processes"
+    rows = [{x: record["settings"][x] for x in names} | record for record in records]
+    print("\n" + rows_table([{x: y for x, y in row.items() if x not in ("settings", "at")} for row in rows]))
+    return True
 
 
 # --- a layer on synthetic keys -----------------------------------------------------------------------------
@@ -582,6 +712,7 @@ PARTS = {
         {"cpu": [2**n for n in range(12, 16)], "cuda": [2**n for n in range(13, 20)]},
     ),
     "model": Part(model, show_decoding, {"cpu": [8000], "cuda": [8000, 32000, 128000]}),
+    "transformers": Part(transformers, show_library, {"cpu": [8000], "cuda": [8000, 32000, 128000]}),
     "offload": Part(
         offload, show_decoding, {"cpu": [2**n for n in range(13, 21)], "cuda": [2**15, 2**17, 2**19]}
     ),
@@ -595,7 +726,7 @@ def arguments() -> argparse.ArgumentParser:
         measuring.common_options(command)
         adds[name] = add = command.add_argument
         add("--seconds", type=float, help="most time for the repeats of a call (on a CPU 60, on a GPU 10)")
-        if name != "offload":
+        if name not in ("offload", "transformers"):
             add(
                 "--repeats",
                 type=positive,
@@ -605,6 +736,7 @@ def arguments() -> argparse.ArgumentParser:
             )
         if name != "attention":
             add("--steps", type=positive, default=64, metavar="N", help="decoding steps of a round (64)")
+        if name in ("model", "offload"):
             add("--folder", metavar="DIR", help="for the file on disk (the system's temporary folder)")
     add = adds["attention"]
     add("--against", metavar="DIR", help="a folder with another hip.py, timed as well with its own defaults")
@@ -615,7 +747,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")
     add("--shape", choices=SHAPES, help="random weights in the shape of a model, in place of --model")
     add("--batch", type=positive, default=1, metavar="N", help="texts that are read at once (1)")
-    add("--ways", nargs="+", choices=WAYS, default=[*WAYS][:-1], metavar="WAY", help="(all but pytorch)")
+    add("--ways", nargs="+", choices=WAYS, default=[*WAYS][:-2], metavar="WAY", help="(all but the last two)")
+    add = adds["transformers"]
+    add("--checkpoint", metavar="DIR", required=True, help="folder of the model")
+    add("--shape", choices=SHAPES, help="make it, of random weights, unless it is there")
+    add("--ways", nargs="+", choices=LIBRARY_WAYS, default=LIBRARY_WAYS, metavar="WAY", help="(all)")
     add = adds["offload"]
     add("--stores", nargs="+", choices=("host", "disk"), default=["host"], help="(host)")
     add("--layers", type=positive, default=1, metavar="N", help="each with keys and values of its own (1)")
@@ -630,6 +766,10 @@ def settle(options: argparse.Namespace) -> None:
     options.tokens = sorted(options.tokens or PARTS[what].tokens[options.device])
     options.dtype = getattr(torch, options.dtype) if options.dtype else default_dtype(options.device)
     name, shape = (vars(options).get(x) for x in ("model", "shape"))
+    rank = os.environ.get("RANK", "0")
+    if what == "transformers" and rank != "0":  # each process its own results, of which the first's are shown
+        options.out = str(Path(options.out) / rank)
+        sys.stdout = io.StringIO()
     if name and shape:
         raise ValueError("--shape comes in place of --model, not beside it")
     if what == "attention":

@@ -1276,7 +1276,7 @@ BAD = {
     ],
     "--offload-dir and --resident-tokens must come with": ["--prompt", "a", "--resident-tokens", 99],
     "cannot be had in /no/such: No such": ["--prompt", "a", "--offload", "disk", "--offload-dir", "/no/such"],
-    "resident_tokens must be at least 200, as a step needs": [
+    "resident_tokens must be at least 240, as a step needs": [
         "--prompt",
         "a",
         "--offload",
@@ -1724,6 +1724,32 @@ def test_attention_alone_is_timed_once_and_beside_another_version(time_it):
         assert {"HiP search", "HiP attention"} < record["times"].keys() and all(
             map(min, record["times"].values())
         )
+
+
+def test_a_model_of_the_library_writes_the_same_by_one_process_and_by_two(time_it, tmp_path, monkeypatch):
+    sizes = dict(width=64, layers=2, heads=4, kv_heads=2, hidden=64, vocabulary=99, head_size=32)
+    monkeypatch.setitem(measuring.SHAPES, "small", sizes | dict(context=4096, tied=False))
+    how = ["--checkpoint", tmp_path / "model", "--tokens", 1500, "--steps", 4]
+    assert time_it("transformers", *how)[0] == 2  # there is no model
+    status, (head, _, *one), _, _ = time_it("transformers", *how, "--shape", "small", "--set", "top_k=256")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = ["--dtype", "float32", "--out", tmp_path, "--set", "top_k=256"]
+    two = subprocess.run(
+        [*map(str, [*torchrun, speed.__file__, "transformers", *how, *more])],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in two.stdout.splitlines() if "|" in line]
+    assert (
+        status == 0
+        and head == rows[0]
+        and [x[:3] for x in one] == [["1,500", way, "1"] for way in ("sdpa", "hip", "host")]
+    )
+    assert [(*x[:2], x[-1]) for x in rows[2:]] == [(*x[:2], x[-1]) for x in one] and rows[2][2] == "2"
+    assert one[1][-1] == one[2][-1]
 
 
 def test_dense_attention_that_would_take_too_long_is_not_run(time_it):
