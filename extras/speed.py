@@ -335,7 +335,8 @@ def show_decoding(records: list[dict]) -> bool:
 
 # --- a whole model -----------------------------------------------------------------------------------------
 
-WAYS = ("dense", "dense-flash", "hip", "unclipped", "host", "disk", "pytorch", "llama.cpp")
+RIVALS = ("llama.cpp", "llama.cpp-flash")
+WAYS = ("dense", "dense-flash", "hip", "unclipped", "host", "disk", "pytorch", *RIVALS)
 REST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BACKENDS = {"dense": [SDPBackend.CUDNN_ATTENTION, *REST], "dense-flash": REST}
 
@@ -370,8 +371,8 @@ def model_row(T: int, name: str, cfg: HiPConfig, options: argparse.Namespace) ->
     text = torch.randint(model.config.vocabulary, (B, T + room), generator=g).to(model.device)
     if tokenizer:
         text = torch.tensor([measuring.natural_text(tokenizer, T + room)] * B, device=model.device)
-    if name == "llama.cpp":
-        return llama_cpp_row(text[0].tolist(), T, options)
+    if name in RIVALS:
+        return rival_row(text[0].tolist(), T, name, options)
     kernels = hip if name == "pytorch" else options.kernels
     how = dict(
         kernels=kernels,
@@ -410,15 +411,15 @@ def speeds(B: int, T: int, reading: float, step: float) -> dict:
     return {"seconds to read": reading} | each
 
 
-def llama_cpp_row(tokens: list[int], T: int, options: argparse.Namespace) -> dict:
+def rival_row(tokens: list[int], T: int, name: str, options: argparse.Namespace) -> dict:
     """What a CPU's user would take instead, with as many threads: quantised weights, dense attention."""
     try:
         import llama_cpp
     except ImportError as error:
         raise ValueError("llama.cpp needs its package: `pip install llama-cpp-python`") from error
     threads = torch.get_num_threads()
-    sizes = dict(n_ctx=len(tokens), n_threads=threads, n_threads_batch=threads)
-    other = llama_cpp.Llama(str(options.model or packaged_model()), **sizes, flash_attn=True, verbose=False)
+    how = dict(n_threads=threads, n_threads_batch=threads, flash_attn="flash" in name, verbose=False)
+    other = llama_cpp.Llama(str(options.model or packaged_model()), n_ctx=len(tokens), **how)
 
     def read() -> float:
         other.reset()
@@ -428,12 +429,12 @@ def llama_cpp_row(tokens: list[int], T: int, options: argparse.Namespace) -> dic
 
     def step(i: int) -> torch.Tensor:
         other.eval(tokens[T + i : T + i + 1])
-        return torch.tensor(other.sample(temp=0))
+        return torch.tensor([other.sample(temp=0)])
 
-    times, _ = take_turns({"llama.cpp": read}, options, lambda run: run(), options.repeats)
-    (row,) = decode([Way("llama.cpp", step)], options)
-    reading = statistics.median(times["llama.cpp"])
-    return {"rows": [{"way": "llama.cpp"} | speeds(1, T, reading, row["ms a step"] / 1000) | row]}
+    times, _ = take_turns({name: read}, options, lambda run: run(), options.repeats)
+    (row,) = decode([Way(name, step)], options)
+    reading = statistics.median(times[name])
+    return {"rows": [{"way": name} | speeds(1, T, reading, row["ms a step"] / 1000) | row]}
 
 
 def model(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> Iterator[Job]:
@@ -447,13 +448,14 @@ def model(options: argparse.Namespace, cfg: HiPConfig, records: list[dict]) -> I
     host, disk          hip with keys and values in host memory, in a file
     pytorch             hip.py on a GPU, where the others run hip_triton.py
     llama.cpp           the same GGUF file by llama-cpp-python, on a CPU, with as many threads
+    llama.cpp-flash     by its other attention, which reads faster and decodes more slowly
 
     Of the floor: the least time for weights, keys and values, and arithmetic, as a share of the time.
     """
     trained, name = options.loaded()[0].config.context, options.model or options.shape
     for T, each in product(options.tokens, options.ways):
         long = T + WARM + ROUNDS * options.steps > trained
-        elsewhere = {"cpu": ("dense-flash", "pytorch"), "cuda": ("llama.cpp",)}[options.device]
+        elsewhere = {"cpu": ("dense-flash", "pytorch"), "cuda": RIVALS}[options.device]
         if (each == "unclipped" and not long) or each in elsewhere:
             continue
         own = replace(cfg, rope_clip=trained // 2) if long and each != "unclipped" else cfg
@@ -747,7 +749,14 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", metavar="M", help=".gguf file, checkpoint folder or hub id (SmolLM2-135M-Instruct)")
     add("--shape", choices=SHAPES, help="random weights in the shape of a model, in place of --model")
     add("--batch", type=positive, default=1, metavar="N", help="texts that are read at once (1)")
-    add("--ways", nargs="+", choices=WAYS, default=[*WAYS][:-2], metavar="WAY", help="(all but the last two)")
+    add(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=[*WAYS][:-3],
+        metavar="WAY",
+        help="(all but the last three)",
+    )
     add = adds["transformers"]
     add("--checkpoint", metavar="DIR", required=True, help="folder of the model")
     add("--shape", choices=SHAPES, help="make it, of random weights, unless it is there")
