@@ -131,7 +131,7 @@ def arguments() -> argparse.ArgumentParser:
         "block_q": "queries in a block",
         "block_k": "keys in a block",
         "stride_q": "every n-th query of a block takes part in the search",
-        "stride_k": "every n-th key of a block takes part in the search",
+        "stride_k": "every n-th key of a block takes part in the search (in decoding, of half this n)",
         "sink": "first tokens, always attended to",
         "window": "latest tokens, always attended to",
         "dense_layers": "first layers that attend densely",

@@ -170,11 +170,6 @@ def select_blocks(
     Differs from the paper: one search for the query heads that share a key head (not with cfg.per_head); a
     score that estimates attention mass (not with cfg.score="max"); `previous`, whose better blocks stay.
     """
-    return choose(q, k, cfg, previous, scale, rope)
-
-
-def choose(q: Tensor, k: Keys, cfg: HiPConfig, previous: Selection | None, scale, rope) -> Selection:
-    """`select_blocks`, and `oracle_blocks`, for which all blocks are previous."""
     (B, H, Tq, _), keys, M = q.shape, source(q, (k,), cfg, scale, rope), cfg.budget
     S, (lo, hi) = H if cfg.per_head else keys.shape[1], domain(Tq, keys.shape[2], cfg, q.device)
     if previous is not None:
@@ -452,7 +447,7 @@ class Rows:
 def oracle_blocks(q: Tensor, k: Tensor, cfg: HiPConfig, *, scale=None, rope=None) -> Selection:
     """The exact best M blocks by the search's own score, in O(T^2).  Else as `select_blocks`, its like."""
     check(q, (k,), scale)
-    return choose(q, k, cfg, every_block(q, k, cfg), scale, rope)
+    return select_blocks(q, k, cfg, every_block(q, k, cfg), scale=scale, rope=rope)
 
 
 def every_block(q: Tensor, k: Tensor, cfg: HiPConfig) -> Selection:
