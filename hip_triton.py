@@ -950,7 +950,7 @@ def tiles(kernel: str, rows: int, D: int, dtype: torch.dtype, clip: bool) -> dic
     if ROWS <= 32:  # decoding
         if clip:
             return dict(ROWS=ROWS, TILE=32, num_warps=8, num_stages=2)
-        return dict(ROWS=ROWS, TILE=64 if D > 128 else 128, num_warps=2, num_stages=2 + wide)
+        return dict(ROWS=ROWS, TILE=64 if D > 128 else 128, num_warps=4, num_stages=2)
     few = ROWS <= 128
     return dict(
         ROWS=ROWS, TILE=64, num_warps=4 if few else 8, num_stages=1 if clip else 2 + (few and D <= 128)
