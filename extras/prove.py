@@ -43,7 +43,7 @@ TARGETS = {  # name: arguments of Triton's GPUTarget, shared memory of one progr
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_NAME = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = (  # -rope: positions are clipped, or turned by fill; -step: of a single query, from a cache
+KERNELS = (  # -rope: positions are clipped, or turned by fill; -step: of decoding, from a cache
     # that is `Begun`; -bank: from an offloaded cache
     "search", "search-rope", "search-step", "search-step-rope", "attention", "attention-rope",
     "split", "split-rope", "split-bank", "split-step", "merge", "norm", "gated", "fill", "fill-rope",

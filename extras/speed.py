@@ -25,7 +25,6 @@ import ctypes
 import functools
 import gc
 import hashlib
-import io
 import json
 import os
 import statistics
@@ -49,7 +48,7 @@ from tqdm import tqdm
 
 import hip
 from hip import HiPConfig, OffloadedKVCache
-from model import Context, Llama, Tokenizer, default_dtype, load, packaged_model
+from model import SIZES, Context, Llama, Tokenizer, default_dtype, load, packaged_model
 
 Job = tuple[dict, Callable[[], dict]]  # settings under which a result is kept, and what measures it
 
@@ -413,6 +412,8 @@ def speeds(B: int, T: int, reading: float, step: float) -> dict:
 
 def rival_row(tokens: list[int], T: int, name: str, options: argparse.Namespace) -> dict:
     """What a CPU's user would take instead, with as many threads: quantised weights, dense attention."""
+    if options.shape or options.batch > 1:
+        raise ValueError("llama.cpp reads one text, by a model's file: leave out --shape and --batch")
     try:
         import llama_cpp
     except ImportError as error:
@@ -472,22 +473,19 @@ def make_checkpoint(folder: str, shape: str, device: str) -> None:
     """Save random weights as a Llama of the library."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = SHAPES[shape]
+    model = measuring.random_model(shape, torch.bfloat16, device)
+    c = model.config
     config = LlamaConfig(
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        head_dim=sizes["head_size"],
-        intermediate_size=sizes["hidden"],
-        vocab_size=sizes["vocabulary"],
-        max_position_embeddings=sizes["context"],
-        tie_word_embeddings=sizes["tied"],
-        rope_parameters=dict(rope_type="default", rope_theta=5e5),
+        **{theirs: getattr(c, ours) for ours, (theirs, _) in SIZES.items()},
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_size,
+        vocab_size=c.vocabulary,
+        tie_word_embeddings=c.tied,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
     )
     with torch.device("meta"):
         empty = LlamaForCausalLM(config)
-    weights = measuring.random_model(shape, torch.bfloat16, device).weights.items()
+    weights = model.weights.items()
     named = {x if x.startswith("lm_head") else f"model.{x}": y.contiguous() for x, y in weights}
     empty.save_pretrained(folder, state_dict=named)
 
@@ -775,10 +773,9 @@ def settle(options: argparse.Namespace) -> None:
     options.tokens = sorted(options.tokens or PARTS[what].tokens[options.device])
     options.dtype = getattr(torch, options.dtype) if options.dtype else default_dtype(options.device)
     name, shape = (vars(options).get(x) for x in ("model", "shape"))
-    rank = os.environ.get("RANK", "0")
-    if what == "transformers" and rank != "0":  # each process its own results, of which the first's are shown
-        options.out = str(Path(options.out) / rank)
-        sys.stdout = io.StringIO()
+    options.rank = os.environ.get("RANK", "0") if what == "transformers" else "0"
+    if options.rank != "0":  # of several processes each keeps its own results, and the first shows them
+        options.out = str(Path(options.out) / options.rank)
     if name and shape:
         raise ValueError("--shape comes in place of --model, not beside it")
     if what == "attention":
@@ -815,9 +812,10 @@ def main() -> int:
             gc.collect()
             torch.cuda.empty_cache()  # does nothing where there is no GPU
     finally:  # interrupted as well
-        if options.json:
+        first = options.rank == "0"
+        if first and options.json:
             print(json.dumps(records, indent=1))
-        elif records:
+        elif first and records:
             where = f"{measuring.device_name(options.device)}, torch {torch.__version__}"
             print(f"{cfg}, {options.dtype} on {where}, {torch.get_num_threads()} threads")
             ok = part.show(records)

@@ -1755,6 +1755,12 @@ def test_a_model_of_the_library_writes_the_same_by_one_process_and_by_two(time_i
     assert one[1][-1] == one[2][-1]
 
 
+@pytest.mark.parametrize("more", [["--shape", "135m"], ["--batch", 2]], ids=str)
+def test_llama_cpp_is_not_timed_by_another_model_or_by_fewer_texts(time_it, more):
+    status, rows, err, timed = time_it("model", "--tokens", 64, "--ways", "llama.cpp", *more)
+    assert (status, rows, timed) == (2, [], 0) and "leave out --shape and --batch" in err
+
+
 def test_dense_attention_that_would_take_too_long_is_not_run(time_it):
     how = ["--inputs", "normal", "--tokens", 64, 4096, "--json"]
     records = time_it("attention", *how)[1]
